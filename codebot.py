@@ -7380,13 +7380,16 @@ class Sync:
         """Return the issue's words, and those of its comments that may be trusted.
 
         A comment is trusted if it has not changed since the label and its author has write
-        access. For the title and the body, see has_untrusted_edit.
+        access. Hidden comments ("minimized") are left out: people do not see them. For the
+        title and the body, see has_untrusted_edit.
         """
         parts = [issue.body.strip() or issue.title]
         has_write_access = functools.cache(github_repository.has_write_access)
         for payload in github_repository.entries(f"/issues/{issue.number}/comments"):
             comment = parse_comment("conversation", payload)
-            if comment is None or payload["updated_at"] > event.created_at:
+            if comment is None or payload.get("minimized"):
+                continue
+            if payload["updated_at"] > event.created_at:
                 continue
             if has_write_access(comment.user):
                 parts.append(f"Comment by {comment.user}:\n{comment.text}")

@@ -411,6 +411,7 @@ class Comment:
     review_id: int = 0
     in_reply_to: int = 0
     path: str = "hello.txt"
+    minimized: dict[str, Any] | None = None  # why a comment of a conversation is hidden
 
     def json(self) -> dict[str, Any]:
         fields = {"id": self.id, "user": self.user, "body": self.body}
@@ -425,6 +426,7 @@ class Comment:
             fields["pull_request_url"] = f"https://api/pulls/{self.number}"
         if self.kind == "conversation":
             fields["issue_url"] = f"https://api/issues/{self.number}"
+            fields["minimized"] = self.minimized
         if self.in_reply_to:
             fields["in_reply_to_id"] = self.in_reply_to
         return fields
@@ -13626,6 +13628,7 @@ def test_comments_of_people_with_write_access_are_included(shared: Site) -> None
     comment("bob", "Bob says: in <!-- open -->French")
     comment("carol", "Carol says: delete it all")
     comment("robot", "Build passed", kind="Bot")
+    comment("bob", "Bob takes this back").minimized = {"reason": "outdated"}
     edited = comment("bob", "Bob edits this")
     late = comment("bob", "Bob is late")
     shared.person("alice").label(issue.number, webhook=False)
@@ -13637,7 +13640,7 @@ def test_comments_of_people_with_write_access_are_included(shared: Site) -> None
     issue.announce()
     issue.comments()
     assert "Bob says: in French" in issue.prompt()
-    for text in ("Carol", "Build", "edits", "late"):
+    for text in ("Carol", "Build", "takes", "edits", "late"):
         assert text not in issue.prompt()
 
 
