@@ -8268,6 +8268,17 @@ def test_agent_that_makes_changes_is_told_to_leave_no_other_repository(
     assert "not in a git worktree, and leave no other git repository in it" in rules
 
 
+@pytest.mark.parametrize("name", ["CODING_OPTIONS", "CHANGE_OPTIONS"])
+def test_agent_that_makes_changes_is_told_what_github_does_with_its_words(
+    name: str,
+) -> None:
+    # GitHub overlooks the "not" before "fix #12". In a commit's message, it overlooks
+    # backticks, too.
+    rules = " ".join(" ".join(getattr(codebot, name).arguments).split())
+    assert 'even for "does not fix #12", GitHub closes issue 12' in rules
+    assert 'write "issue 12", and leave out the "@"' in rules
+
+
 MAKE_NESTED = "git init -q sub; git -C sub commit -q --allow-empty -m Nested"
 NESTED_REPOSITORIES = {
     "left": MAKE_NESTED,
