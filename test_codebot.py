@@ -8253,9 +8253,11 @@ def test_agent_commits_and_merges_become_one_commit(local: LocalTask) -> None:
 @pytest.mark.parametrize("name", ["CODING_OPTIONS", "CHANGE_OPTIONS"])
 def test_agent_that_makes_changes_is_told_that_it_cannot_merge(name: str) -> None:
     # Of a merge, only the files would be kept. GitHub would show the changes of the other
-    # branch as those of the pull request, and its conflicts would remain.
+    # branch as those of the pull request, and its conflicts would remain. Of a squash,
+    # nothing would be kept, although the agent would say that it is done.
     rules = " ".join(" ".join(getattr(codebot, name).arguments).split())
-    assert "you cannot merge, rebase or end conflicts with another branch" in rules
+    assert "you cannot merge, rebase, squash or reword commits, or end" in rules
+    assert "or end conflicts with another branch" in rules
 
 
 @pytest.mark.parametrize("name", ["CODING_OPTIONS", "CHANGE_OPTIONS"])
