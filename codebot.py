@@ -2547,13 +2547,20 @@ def person_login(user: Json) -> str:
 
 
 def commented_lines(payload: JsonObject) -> str:
-    """Return what a comment is on: "7", "5-7" or "whole file"; "" if unknown."""
+    """Return what a comment is on, such as "7", "5-7 (outdated)" or "whole file".
+
+    Returns "" if that is unknown.
+    """
     if payload.get("subject_type") == "file":
         return "whole file"  # GitHub sends an original_line, too: 1
     # Once a comment is outdated, `line` is null, and only its original lines are known.
-    prefix = "" if payload.get("line") else "original_"
+    is_outdated = not payload.get("line")
+    prefix = "original_" if is_outdated else ""
     numbers = [payload.get(f"{prefix}{name}") for name in ("start_line", "line")]
-    return "-".join(str(int(number)) for number in numbers if number)
+    lines = "-".join(str(int(number)) for number in numbers if number)
+    if lines and is_outdated:
+        lines += " (outdated)"
+    return lines
 
 
 def parse_comment(place: str, payload: JsonObject) -> Comment | None:

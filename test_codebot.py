@@ -421,7 +421,7 @@ class Comment:
         fields.update(created_at=self.created_at, updated_at=self.updated_at)
         if self.kind == "inline":
             hunk = "@@ -0,0 +1 @@\n+hello"
-            fields.update(path=self.path, line=None, original_line=1, diff_hunk=hunk)
+            fields.update(path=self.path, line=1, original_line=1, diff_hunk=hunk)
             fields["pull_request_review_id"] = self.review_id
             fields["pull_request_url"] = f"https://api/pulls/{self.number}"
         if self.kind == "conversation":
@@ -11489,15 +11489,18 @@ def test_only_end_of_a_long_part_of_the_diff_is_kept() -> None:
         ({"line": 14}, "14"),
         ({"line": 14, "start_line": None, "original_start_line": 9}, "14"),
         ({"line": 14, "start_line": 10, "original_line": 9}, "10-14"),
-        ({"line": None, "original_line": 9}, "9"),
-        ({"line": None, "original_line": 9, "original_start_line": 5}, "5-9"),
+        ({"line": None, "original_line": 9}, "9 (outdated)"),
+        (
+            {"line": None, "original_line": 9, "original_start_line": 5},
+            "5-9 (outdated)",
+        ),
         ({"line": 9, "start_line": 7, "start_side": "RIGHT", "side": "RIGHT"}, "7-9"),
         ({"line": 9, "start_line": 7, "start_side": None, "side": "RIGHT"}, "7-9"),
         ({"line": 22, "side": "RIGHT"}, "22"),
         ({"line": None, "side": "LEFT", "subject_type": "file"}, "whole file"),
         ({"line": None, "original_line": 1, "subject_type": "file"}, "whole file"),
         ({"line": 1, "original_line": 1, "subject_type": "file"}, "whole file"),
-        ({"line": None, "original_line": 1, "subject_type": "line"}, "1"),
+        ({"line": None, "original_line": 1, "subject_type": "line"}, "1 (outdated)"),
         ({}, ""),
     ],
 )
