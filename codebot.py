@@ -7662,8 +7662,8 @@ def ending_after_system_error(run: JobRun, error: OSError) -> Ending:
 def reached_phase(job: Job) -> str:
     """Return the phase in which a job failed.
 
-    A retry of a job that has its commit is in no phase, or in "clone", at first. That
-    counts as the phase that the retry would go on with.
+    A retry of a job that has its commit is in no phase, or in "clone", at first. Then
+    the result is the last phase that an earlier run can have reached.
     """
     if not job.commit_id or job.phase not in ("", "clone"):
         return job.phase
@@ -8763,7 +8763,7 @@ const ADVICE = {
   no_changes: 'Submit a new task that says more precisely what should change.',
   tests_failed: 'See the failing tests in the log. Retry, or say more in a new task.',
   push_rejected: 'Check that the repository’s rules let codebot push branches.',
-  pull_request_failed: 'The branch was pushed: open the pull request by hand.',
+  pull_request_failed: 'If the branch exists, open a pull request by hand; else retry.',
   cancelled: 'Retry submits the same task again.',
   interrupted: 'The server crashed, or the agent had to begin again, too often. Retry it.',
   internal: 'Ask the operator of this server to look at its log.',
