@@ -7191,7 +7191,7 @@ def own_words(job: Job, answer: str) -> str:
 #   Anybody who may comment, or who renames their own issue again and again, can make that
 #   thousands. Then polls can use up GitHub's rate limit, which delays all work.
 # - If a repository is deleted, or taken out of the App's installation, the records of its
-#   pull requests that were not merged are kept, and each poll logs a warning about each.
+#   pull requests that were open are kept, and each poll logs a warning about each.
 #   If it was taken out but is public, codebot looks at each again every 15 minutes, even
 #   without polls, and tries as often to report a task that ends then.
 # - The text of a labeled issue can imitate the "Comment by NAME:" that codebot puts before
