@@ -2389,7 +2389,8 @@ GITHUB_ATTEMPTS = 4  # times that a request to GitHub is sent, at most
 GITHUB_RETRY_DELAY = 0.5  # seconds before the second attempt; doubles with each attempt
 MAX_INLINE_WAIT = 5.0  # seconds; instead of a longer wait, GitHub.call raises an error
 MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, even if GitHub or a proxy asks for more
-# Seconds from AppRefused to the next look, or until a suspended App asks GitHub again
+# Seconds from AppRefused, or from a refused look at everything, to the next look; also
+# until a suspended App asks GitHub again
 APP_REFUSED_DELAY = 900.0
 # "workflows" is left out, so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
