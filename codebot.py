@@ -10341,7 +10341,9 @@ def run_command(flags: Flags) -> int:
 
 # --- check -------------------------------------------------------------------
 
-CHECK_TIMEOUT = 1.5  # seconds for GitHub's first response; with the retry, at most 5
+# Seconds for GitHub's first response. With the retry, `check` waits less than 5 for a
+# GitHub that is silent.
+CHECK_TIMEOUT = 1.5
 
 
 def check_work_dir(codebot: Codebot) -> Iterator[Finding]:
