@@ -1101,7 +1101,10 @@ class Redactor:
         return UNPRINTABLE_RE.sub("\N{REPLACEMENT CHARACTER}", text)
 
     def has_secret(self, text: str) -> bool:
-        """Return whether a text has a secret of at least MIN_SEARCHED_LENGTH characters."""
+        """Return whether a text has a secret of at least MIN_SEARCHED_LENGTH characters.
+
+        A shorter secret is found in base64, if that has as many characters.
+        """
         return any(
             secret in text
             for secret in self._secrets
