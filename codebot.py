@@ -275,8 +275,8 @@ FILES in the work directory
   outbox_*.git   a task's outbox               launched/      a record of each launch
   scratch_codebot_*   for one command          trash_*/       being removed
   While a program runs, its input and output are also there, in files without a name.
-  A mirror and the database each have a .lock file beside them. CODEBOT_DATABASE may put
-  the database elsewhere.
+  A mirror and the database each have a .lock file beside them. The database also has
+  SQLite's codebot.db-wal and codebot.db-shm. CODEBOT_DATABASE may put it elsewhere.
   Only codebot's user may read what codebot writes (umask 077). Three kinds of programs have
   the umask with which codebot was started: git that contacts the remote, the agent and the
   tests, and what Workspace.script runs. What they write here is in directories that only
