@@ -8542,7 +8542,7 @@ def look_of_label(codebot: Codebot, payload: JsonObject) -> Look:
 
 # The page keeps the API key in the tab's sessionStorage. What agents, reviewers or GitHub
 # have written is shown as text, never parsed as HTML. PAGE_HEADERS allows only this style,
-# this script and requests to this server.
+# this script, images in data: addresses (the icon) and requests to this server.
 PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
@@ -8784,7 +8784,7 @@ let openedTask = null; // the task in view
 // --- Requests
 
 // Returns the fields of a successful response. For any other, throws an Error with its
-// status; without a response, an Error without one.
+// status; without a response in JSON, an Error without one.
 async function callApi(path, options = {}) {
   // Not in Authorization, which may hold a password for a proxy in front of codebot.
   const headers = { 'X-API-Key': apiKey, ...options.headers };
