@@ -6166,7 +6166,7 @@ class AgentRun:
 
 
 def tool_call_text(name: str, inputs: JsonObject) -> str:
-    """Return a tool call's name and first input in one line, then the other inputs."""
+    """Return a tool call's name and first input, then each other input on a new line."""
     # Texts, such as a path, come first. The CLI puts `replace_all` before them.
     items = sorted(inputs.items(), key=lambda item: not isinstance(item[1], str))
     lines = [f"{key}: {value}" for key, value in items]
