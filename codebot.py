@@ -2758,7 +2758,7 @@ class GitHub:
         url = f"{self.api}{path}" if path.startswith("/") else path
         is_token_renewed = False
         delay = 0.0
-        for attempt in range(self.attempts):
+        for attempt in range(1, self.attempts + 1):
             wait(delay)
             existing = find_existing()
             if existing is not None:
@@ -2777,7 +2777,7 @@ class GitHub:
             if reply.status == 401 and not is_token_renewed:
                 self.forget_token(scope)
                 is_token_renewed = True
-            delay = GITHUB_RETRY_DELAY * 2.0**attempt
+            delay = GITHUB_RETRY_DELAY * 2.0 ** (attempt - 1)
             delay = max(delay, error.retry_at - time.time())
             if delay > MAX_INLINE_WAIT:
                 break
