@@ -7488,7 +7488,8 @@ TRANSIENT_ERRNOS = (
     errno.ENOMEM,
     errno.EAGAIN,
 )
-# The reason with which a job fails if a transient error lasts too long, by its phase.
+# The reason with which a job fails, by its phase, if transient errors last too long or come
+# too often.
 REASON_BY_PHASE = {
     "": "clone_failed",  # before the first phase
     "clone": "clone_failed",
@@ -7574,7 +7575,7 @@ def run_steps(run: JobRun) -> Ending:
       nothing                                completed
       JobFailed, and errors that are final   failed, with a reason
       TransientError, a busy database,       pending, for a minute or longer; failed if
-      a full disk, a failed node, an App     the errors go on for too long
+      a full disk, a failed node, an App     the errors last too long or come too often
       that GitHub refuses (see AppRefused)
       StopRequested                          pending, until the next start
       Cancelled                              failed, as cancelled
