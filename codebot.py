@@ -3166,8 +3166,9 @@ class GitHubRepository:
 #   plants there run as codebot's user, outside the sandbox, when git pushes. codebot
 #   refuses paths in its own work directory. It accepts paths in other directories (such as
 #   those that `run` leaves in /tmp) and ssh addresses that lead to its own by another path.
-# - If git is older than 2.45.1 (in the 2.39 series, than 2.39.4) and pushes to a repository
-#   of another user on this host, it runs that user's hooks as codebot's user.
+# - If git is older than 2.45.1 (or than the first safe release of its series: 2.39.4,
+#   2.40.2, 2.41.1, 2.42.2, 2.43.4, 2.44.1) and pushes to a repository of another user on
+#   this host, it runs that user's hooks as codebot's user.
 # - codebot's credential may be allowed to change workflows.
 # - What a hook of a local repository leaves running ends with the push, or with codebot.
 # - If the power fails during a push to a local repository or within seconds after it, that
