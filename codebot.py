@@ -10337,7 +10337,8 @@ def run_command(flags: Flags) -> int:
     if job.status == "pending":
         print(
             f"Branch {job.branch} may have been pushed already. A server with --work-dir "
-            f"{config.work_dir}, and with the database there, will finish the task.",
+            f"{config.work_dir} and CODEBOT_DATABASE={config.database_file} will finish "
+            "the task.",
             file=sys.stderr,
         )
     print(json.dumps(describe_task(codebot, job), indent=2))

@@ -19645,15 +19645,19 @@ def test_interrupted_run_ends_cleanly(fresh: Site) -> None:
 def test_push_of_interrupted_run_is_finished_by_a_server(fresh: Site) -> None:
     fresh.repository.fail("POST /pulls", status=502, always=True)
     work_dir = ("--work-dir", str(fresh.server.work_dir))
-    command = BackgroundCommand(fresh, *run_flags(fresh, *work_dir))
+    database = fresh.directory / "elsewhere.db"
+    command = BackgroundCommand(
+        fresh, *run_flags(fresh, *work_dir), CODEBOT_DATABASE=str(database)
+    )
     wait_for(lambda: fresh.repository.count("POST /pulls"))
     assert command.end(signal.SIGINT) == 1
     task = json.loads(command.stdout.read_text())
     assert task["status"] == "pending"
-    advice = "may have been pushed already. A server with --work-dir"
-    assert advice in command.stderr.read_text()
+    errors = command.stderr.read_text()
+    assert "may have been pushed already. A server with --work-dir" in errors
+    assert f"{fresh.server.work_dir} and CODEBOT_DATABASE={database} will" in errors
     fresh.github.reset_faults()
-    fresh.server.start()
+    fresh.server.start(CODEBOT_DATABASE=str(database))
     fresh.api.completed(task["task_id"])
     assert len(fresh.repository.pulls) == 1
 
