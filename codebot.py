@@ -1951,8 +1951,9 @@ def stop_all_launched(
 # - The agent can read and write whatever codebot's user can (the keys, the database, .env,
 #   codebot.py), read git's token while git runs, and signal codebot's processes.
 # - codebot looks in /proc for processes that a job left running. It recognizes them by
-#   CODEBOT_RUN in their environment. A process that removes this variable outlives the job.
-#   So does one whose environment the kernel does not show to codebot, such as ssh-agent.
+#   CODEBOT_RUN in their environment. A process outlives the job if it removes or overwrites
+#   this variable, as redis-server does for its title, or if the kernel does not show its
+#   environment to codebot, as with ssh-agent.
 #
 # Known limitations of bwrap:
 # - The agent can read whatever codebot's user can read outside of the hidden directories.
