@@ -3203,7 +3203,7 @@ class GitFailed(Exception):
 
 
 class GitAuthFailed(GitFailed):
-    """The remote rejects the credential, or does not permit or show this to it."""
+    """The remote rejects the credential, or denies it access, or hides the repository."""
 
 
 class PushRejected(GitFailed):
