@@ -2394,7 +2394,7 @@ GITHUB_RETRY_DELAY = 0.5  # seconds before the second attempt; doubles with each
 MAX_INLINE_WAIT = 5.0  # seconds; instead of a longer wait, GitHub.call raises an error
 MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, even if GitHub or a proxy asks for more
 # Seconds from AppRefused, or from a refused look at everything, to the next look; also
-# until a suspended App asks GitHub again
+# from a request that GitHub has refused to a suspended App to its next try
 APP_REFUSED_DELAY = 900.0
 # "workflows" is left out, so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
