@@ -3426,8 +3426,9 @@ ACCESS_DENIED_RE = re.compile(
 )
 TRANSIENT_GIT_ERROR_RE = re.compile(
     # Whatever keeps git from an http(s) server, in curl's words, except a bad URL and a
-    # refusal by the server or by a proxy. A bad certificate counts, too: finished work is
-    # retried for RETRY_LIMIT.
+    # refusal by the server or by a proxy. ("Permission denied" is git's: it cannot read a
+    # file of its configuration.) A bad certificate counts, too: finished work is retried
+    # for RETRY_LIMIT.
     r"unable to access : (?!URL |Permission denied|No authentication|.*response 4\d\d"
     r"|.*HTTP code 4\d\d|.*returned error: (?!408|429|5))"
     # ssh has no connection, or it was lost.
