@@ -3455,7 +3455,7 @@ REFUSED_PACK_RE = re.compile("^remote: fatal: (pack exceeds|fsck error)", re.MUL
 #                                      one, whose lock somebody has to remove. (In reftable,
 #                                      git 3's format, all references have one lock. Of a
 #                                      locked branch, git 2.53 says only that it exists. If
-#                                      it really does, the next push says what is wrong.)
+#                                      that is true, the next push says what is wrong.)
 REMOTE_FAULT_RE = re.compile(
     r"rejected\] .*(commit_refs|\(failure\)|due to timeout|unpacker error"
     r"|unable to migrate objects|\(reference already exists\)$)"
