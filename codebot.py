@@ -3448,7 +3448,7 @@ REFUSED_PACK_RE = re.compile("^remote: fatal: (pack exceeds|fsck error)", re.MUL
 # The remote itself has a fault, although git may say "rejected":
 #   commit_refs, (failure)           of GitHub
 #   due to timeout                   GitHub looked too long for changed workflows
-#   unpacker error, unable to ...    the disk may be full (or, above, its settings)
+#   unpacker error, unable to ...    the disk may be full (unless REFUSED_PACK_RE matches)
 #   internal ... error               of GitLab or Gitea, or of its hook, which asks it
 #                                      ("Internal API" alone may be part of a rule's name)
 #   cannot lock, already exists      the branch is locked, by another push or by a killed
