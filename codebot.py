@@ -7151,13 +7151,23 @@ def answer_threads(review: Review) -> None:
         raise JobFailed("internal", refusal)
 
 
+def first_own_line(text: str) -> str:
+    """Return a comment's first line that neither quotes others nor begins a code block.
+
+    Returns its first line if there is no other.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    own = [line for line in lines if not line.startswith((">", "```", "~~~"))]
+    return (own or lines)[0]
+
+
 def answer_body(job: Job, thread_key: str, comment: Comment) -> str:
     """Return codebot's own words, followed by the agent's words as a quote of the agent."""
     answer = job.answers.get(thread_key, "")
     question = ""
     if comment.place != "inline":
         # In the conversation, nothing else shows which comment is answered.
-        first_line = comment.text.strip().splitlines()[0][:200]
+        first_line = truncate(first_own_line(comment.text), 200)
         question = escape_html(quoted(f"@{comment.user}", first_line))
     parts = [question, own_words(job, answer), quoted("The agent", answer)]
     return "\n\n".join(part.strip() for part in parts if part)

@@ -11607,7 +11607,27 @@ def test_only_the_beginning_of_a_long_question_is_quoted(store: codebot.Store) -
     comment = dataclasses.replace(make_comment(1, "alice"), text="x" * 300)
     job = dataclasses.replace(review_run(store).job, request_kind="question")
     body = codebot.answer_body(job, "conversation 1", comment)
+    assert "> xx" in body
     assert body.count("x") == 200
+    assert "x … (truncated)\n" in body
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("Why?\n\nBecause?", "Why?"),
+        ("> The change is in 1234567.\n>\n> Done.\n\n  Why?", "Why?"),
+        ("```python\nx = 1\n```", "x = 1"),
+        ("> quoted\n> > twice", "> quoted"),
+    ],
+)
+def test_answer_begins_with_the_reviewers_own_words(
+    store: codebot.Store, text: str, line: str
+) -> None:
+    comment = dataclasses.replace(make_comment(1, "alice"), text=text)
+    job = dataclasses.replace(review_run(store).job, request_kind="question")
+    body = codebot.answer_body(job, "conversation 1", comment)
+    assert body.startswith(f"@alice says:\n\n> {line}\n\n")
 
 
 @pytest.mark.parametrize("tag", ['<div title="', "<table>", "<?php echo 1;"])
