@@ -347,6 +347,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import unicodedata
@@ -6321,6 +6322,15 @@ def code_block(text: str) -> str:
     return f"{fence}\n{text}\n{fence}\n"
 
 
+def error_block(error: str) -> str:
+    """Return an error in a code block, in which GitHub would not wrap long lines."""
+    lines = [
+        textwrap.fill(line, 100, break_long_words=False, break_on_hyphens=False)
+        for line in error.splitlines()
+    ]
+    return code_block("\n".join(lines))
+
+
 # The steps of a task
 
 
@@ -7176,7 +7186,7 @@ def answer_body(job: Job, thread_key: str, comment: Comment) -> str:
 def own_words(job: Job, answer: str) -> str:
     """Return codebot's own words, or "" if the agent's answer says it all."""
     if job.error:
-        error = code_block(job.error)
+        error = error_block(job.error)
         advice = "To have it try again, comment again."
         return f"codebot could not do this ({job.reason}):\n\n{error}\n{advice}"
     if job.commit_id:
@@ -7458,7 +7468,7 @@ class Sync:
         if task.pr_url:
             text = f"The pull request is {task.pr_url}."
         else:
-            error = code_block(task.error)
+            error = error_block(task.error)
             text = (
                 f"The task failed ({task.reason}):\n\n{error}\nTo start it again, "
                 "remove the label, if it is still there, and add it again."

@@ -8549,6 +8549,20 @@ def test_code_block_is_not_ended_by_its_text(length: int) -> None:
     assert codebot.code_block(text) == f"{fence}\n{shown}\n{fence}\n"
 
 
+def test_long_lines_of_an_error_are_wrapped() -> None:
+    # GitHub does not wrap a code block.
+    words = "--of-nine " * 9 + "--of-nine"
+    link = "https://github.com/acme/" + "widget-" * 20
+    block = codebot.error_block(f"It failed:\n{words} {words}\n\n  x\n{link}")
+    assert block == f"```\nIt failed:\n{words}\n{words}\n\n  x\n{link}\n```\n"
+
+
+def test_error_in_an_answer_is_wrapped(store: codebot.Store) -> None:
+    words = "--of-nine " * 9 + "--of-nine"
+    job = dataclasses.replace(store_task(store), error=f"{words} {words}")
+    assert f"\n{words}\n{words}\n" in codebot.own_words(job, "")
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -11834,7 +11848,7 @@ def test_change_is_pushed_only_if_tests_pass(shared: Site) -> None:
     assert review["reason"] == "tests_failed"
     assert review["commit"] is None
     assert "it is bad" in review["error"]
-    assert review["error"] in pull.answer()
+    assert codebot.error_block(review["error"]) in pull.answer()
     assert "Done" not in pull.answer()
     assert pull.tip() == pushed
 
@@ -12147,7 +12161,7 @@ def test_push_that_others_forestall_again_and_again_fails_review(pull: Pull) -> 
     review = pull.review()
     assert review["status"] == "failed"
     assert review["reason"] == "push_rejected"
-    assert review["error"] in pull.answer()
+    assert codebot.error_block(review["error"]) in pull.answer()
     assert pull.log(3).count("Change busy") == 2  # the limit of this server
 
 
@@ -12184,7 +12198,7 @@ def test_removed_commits_do_not_come_back(pull: Pull) -> None:
     review = pull.review()
     assert review["status"] == "failed"
     assert "removed" in review["error"]
-    assert review["error"] in pull.answer()
+    assert codebot.error_block(review["error"]) in pull.answer()
     assert pull.tip() == before
 
 
@@ -12784,7 +12798,7 @@ def test_review_that_waited_too_long_is_reported_and_not_pushed(
     review = limited_pull.review()
     assert review["status"] == "failed"
     assert review["reason"] == "push_rejected"
-    assert review["error"] in limited_pull.answer()
+    assert codebot.error_block(review["error"]) in limited_pull.answer()
     assert "may have been pushed" in review["error"]  # its response may be lost
     assert review["commit"] is None
     assert limited_pull.tip() == limited_pull.commit
@@ -12808,7 +12822,7 @@ def test_failure_is_reported_in_the_thread(pull: Pull, case: str) -> None:
     review = pull.review()
     assert review["status"] == "failed"
     assert review["reason"] == reason
-    assert review["error"] in pull.answer()
+    assert codebot.error_block(review["error"]) in pull.answer()
     assert pull.answer() == pull.reply(comment)
     assert pull.tip() == before
 
@@ -13220,7 +13234,7 @@ def test_review_that_server_crashes_on_is_given_up_and_reported(fresh: Site) -> 
     fresh.server.restart()
     review = pull.review()
     assert review["reason"] == "interrupted"
-    assert review["error"] in pull.answer()
+    assert codebot.error_block(review["error"]) in pull.answer()
     assert len(fresh.agent.runs("classify")) == 1
 
 
@@ -13378,13 +13392,14 @@ def test_labeled_issue_becomes_task_and_pull_request(shared: Site) -> None:
 
 
 def test_failed_task_is_reported_on_issue_with_advice(shared: Site) -> None:
-    shared.agent.follow("result 'It <!-- codebot --> broke' success true")
+    long_word = "x" * 80
+    shared.agent.follow(f"result 'It <!-- codebot --> broke {long_word}' success true")
     issue = open_issue(shared)
     shared.person("alice").label(issue.number)
     error = shared.api.failed(issue.task(), "agent_failed")
     [comment] = issue.comments()
     assert "broke" in error
-    assert "<! -- codebot --> broke" in comment
+    assert f"<! -- codebot --> broke\n{long_word}\n```\n" in comment  # wrapped
     assert "To start it again, remove the label" in comment
     assert comment.count("<!-- codebot") == 1
     assert shared.repository.pulls == []
