@@ -3993,7 +3993,10 @@ class TaskRequest:
         """What the change is about, in one line."""
         if self.ticket_summary:
             return " ".join(self.ticket_summary.split())  # U+2028 may be in it
-        return self.description.strip().splitlines()[0].strip()
+        first_line = self.description.strip().splitlines()[0].strip()
+        # "# Title" -> "Title": when a person edits a commit's message, git removes lines
+        # that begin with "#".
+        return re.sub("^#+ +", "", first_line)
 
     @property
     def title(self) -> str:

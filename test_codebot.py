@@ -8510,6 +8510,19 @@ def test_title_is_not_empty(ticket: str, description: str, title: str) -> None:
     assert codebot.TaskRequest("", description, ticket_id=ticket).title == title
 
 
+@pytest.mark.parametrize(
+    ("description", "title"),
+    [
+        ("# Add a dark mode\n\nPlease", "Add a dark mode"),
+        ("###  Add it", "Add it"),
+        ("#12 is open", "#12 is open"),
+        ("Use C# and F# 5", "Use C# and F# 5"),
+    ],
+)
+def test_title_has_no_mark_of_a_heading(description: str, title: str) -> None:
+    assert codebot.TaskRequest("", description).title == title
+
+
 def test_title_has_no_invisible_characters() -> None:
     request = codebot.TaskRequest(
         "", "x", ticket_id="T", ticket_summary="H\u202ei\u200b"
