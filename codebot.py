@@ -3426,12 +3426,13 @@ ACCESS_DENIED_RE = re.compile(
     r"returned error: 403|Permission denied \(|repository  not found"
 )
 TRANSIENT_GIT_ERROR_RE = re.compile(
-    # Whatever keeps git from an http(s) server, in curl's words, except a bad URL and a
-    # refusal by the server or by a proxy. ("Permission denied" is git's: it cannot read a
-    # file of its configuration.) A bad certificate counts, too: finished work is retried
-    # for RETRY_LIMIT.
-    r"unable to access : (?!URL |Permission denied|No authentication|.*response 4\d\d"
-    r"|.*HTTP code 4\d\d|.*returned error: (?!408|429|5))"
+    # Whatever keeps git from an http(s) server, in curl's words, except a wrong setting, and
+    # a refusal by the server or by a proxy. ("Permission denied": git cannot read a file of
+    # its configuration.) A bad certificate counts, too: finished work is retried for
+    # RETRY_LIMIT.
+    "unable to access : (?!URL |Unsupported proxy|error setting|Permission denied"
+    r"|No authentication|.*response 4\d\d|.*HTTP code 4\d\d"
+    r"|.*returned error: (?!408|429|5))"
     # ssh has no connection, or it was lost.
     r"|Could not resolve|No route to host|Network is unreachable|Host is down"
     r"|Connection (refused|reset|closed|to \S+ closed)|[Tt]imed out"

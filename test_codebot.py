@@ -8848,6 +8848,8 @@ FINAL_ERRORS = [
     "fatal: unable to access '/home/bot/.config/git/config': Permission denied",
     "fatal: unable to access 'URL': URL rejected: Bad IPv6 address",
     "fatal: unable to access 'URL': URL using bad/illegal format or missing URL",
+    "fatal: unable to access 'URL': Unsupported proxy syntax in 'user:my'",
+    "fatal: unable to access 'URL': error setting certificate verify locations",
     "fatal: unable to access 'URL': No authentication method was acceptable.",
     "fatal: unable to access 'URL': CONNECT tunnel failed, response 407",
 ]
