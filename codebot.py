@@ -6292,6 +6292,8 @@ def without_ci_skips(text: str) -> str:
 #   [^1]: words  ->  \[^1]: words      1. > [^1]: words  ->  1. > \[^1]: words
 #   words[^1]        unchanged         words[^1]: words      unchanged
 FOOTNOTE_RE = re.compile(r"(?:^|(?<=[\s>.)*+\]-]))\[(?=\^[^\] \t\r\n]{1,1000}\]:)")
+# The "<" of <div or <!--, but not that of a link such as <https://example.com>
+HTML_START_RE = re.compile(r"<(?=[A-Za-z/!?])(?!https?://[^<>\s]+>)")
 
 
 def quoted(speaker: str, text: str) -> str:
@@ -6314,7 +6316,7 @@ def escape_html(text: str) -> str:
     quoted() must come first: the characters that it removes could split a tag. The agent's
     words need no escaping, because they always come last.
     """
-    return re.sub("<(?=[A-Za-z/!?])", "&lt;", text)
+    return HTML_START_RE.sub("&lt;", text)
 
 
 def code_block(text: str) -> str:

@@ -8554,6 +8554,17 @@ def test_every_kind_of_html_is_escaped(text: str) -> None:
     assert codebot.escape_html(text) == f"&lt;{text[1:]}"
 
 
+@pytest.mark.parametrize("text", ["<https://a.example/?b=c>", "a <http://b.example>."])
+def test_link_in_a_quote_keeps_its_target(text: str) -> None:
+    # Without its "<", GitHub's link would include the ">".
+    assert codebot.escape_html(text) == text
+
+
+@pytest.mark.parametrize("text", ["<https://a", "<https://a <b>", "<https:a>"])
+def test_what_is_no_link_is_escaped(text: str) -> None:
+    assert codebot.escape_html(text).startswith("&lt;https:")
+
+
 @pytest.mark.parametrize("length", [3, 4, 5])
 def test_code_block_is_not_ended_by_its_text(length: int) -> None:
     fence = "`" * (length + 1)
