@@ -10010,10 +10010,10 @@ def check_server(codebot: Codebot) -> Iterator[Finding]:
         )
     if config.no_github and "*" in config.allowed:
         yield warn(
-            "CODEBOT_ALLOWED_REPOSITORIES allows every host, so a client can have git "
-            "contact the client's own host, which then receives what git sends to every "
-            "host (GIT_ASKPASS, credential.helper, http.extraHeader). Name repositories, "
-            "such as https://git.example.com/team/*."
+            "CODEBOT_ALLOWED_REPOSITORIES allows every host. A client can name a host of "
+            "its own, which then receives the logins that git sends to every host "
+            "(GIT_ASKPASS, credential.helper, http.extraHeader). Allow only what tasks "
+            "need, such as https://git.example.com/team/*."
         )
     # This raises ConfigError if codebot cannot listen. `serve` listens after all checks.
     Server(codebot).server_close()
