@@ -704,7 +704,7 @@ class Config:
         "CODEBOT_POLL_INTERVAL",
         300,
         parse_whole_number,
-        "seconds between polls (default 300)",
+        "seconds between polls with --enable-polling (default 300)",
     )
     api_url: str = setting("GITHUB_API_URL", parse=parse_address)
     enterprise_url: str = setting("GITHUB_ENTERPRISE_URL", parse=parse_address)
@@ -10473,7 +10473,7 @@ def all_findings(codebot: Codebot, problems: Sequence[str]) -> Iterator[Finding]
 
 
 def check_command(flags: Flags) -> int:
-    """Check what the server needs, with its flags. Stop the server first."""
+    """Check what `serve` needs, with the same flags. Stop the server first."""
     config, problems = read_config(flags, is_server=True)
     codebot = Codebot(config)
     logging.disable()  # each problem is printed once, as a finding
@@ -10627,6 +10627,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     for field in TASK_FIELDS:
         parsers["run"].add_argument(flag_name(field), metavar="TEXT")
+    parsers["run"].epilog = (
+        "A task needs a repository URL and a description; README, section API, explains "
+        "all fields. A flag replaces the field in FILE."
+    )
     parsers["demo"].add_argument(
         "--keep", action="store_true", help="keep the server running until Ctrl-C"
     )

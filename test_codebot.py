@@ -19939,3 +19939,5 @@ def test_help_describes_commands_and_flags(fresh: Site) -> None:
         "--tls-key",
     ):
         assert re.search(rf"^  {flag}\b.*\s+[a-z]", done.stdout, re.MULTILINE)
+    done = fresh.server.run_forked("run", "--help")
+    assert "needs a repository URL and a description" in " ".join(done.stdout.split())
