@@ -3430,9 +3430,9 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     # a refusal by the server or by a proxy. ("Permission denied": git cannot read a file of
     # its configuration.) A bad certificate counts, too: finished work is retried for
     # RETRY_LIMIT.
-    "unable to access : (?!URL |Unsupported proxy|error setting|Permission denied"
-    r"|No authentication|.*response 4\d\d|.*HTTP code 4\d\d"
-    r"|.*returned error: (?!408|429|5))"
+    "unable to access : (?!URL |Unsupported proxy|error (reading|setting)"
+    r"|Problem with the |Permission denied|No authentication"
+    r"|.*response 4\d\d|.*HTTP code 4\d\d|.*returned error: (?!408|429|5))"
     # ssh has no connection, or it was lost.
     r"|Could not resolve|No route to host|Network is unreachable|Host is down"
     r"|Connection (refused|reset|closed|to \S+ closed)|[Tt]imed out"

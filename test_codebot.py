@@ -8861,6 +8861,9 @@ FINAL_ERRORS = [
     "fatal: unable to access 'URL': URL using bad/illegal format or missing URL",
     "fatal: unable to access 'URL': Unsupported proxy syntax in 'user:my'",
     "fatal: unable to access 'URL': error setting certificate verify locations",
+    # On Debian and Ubuntu: the file of GIT_SSL_CAINFO or GIT_SSL_CERT does not exist.
+    "fatal: unable to access 'URL': Problem with the SSL CA cert (path? access rights?)",
+    "fatal: unable to access 'URL': error reading X.509 key or certificate file",
     "fatal: unable to access 'URL': No authentication method was acceptable.",
     "fatal: unable to access 'URL': CONNECT tunnel failed, response 407",
 ]
