@@ -3459,7 +3459,7 @@ REFUSED_PACK_RE = re.compile("^remote: fatal: (pack exceeds|fsck error)", re.MUL
 #                                      locked branch, git 2.53 says only that it exists. If
 #                                      that is true, the next push says what is wrong.)
 REMOTE_FAULT_RE = re.compile(
-    r"rejected\] .*(commit_refs|\(failure\)|due to timeout|unpacker error"
+    r"^ ?! \[remote rejected\] .*(commit_refs|\(failure\)|due to timeout|unpacker error"
     r"|unable to migrate objects|\(reference already exists\)$)"
     "|(?i:internal (server|server connection|API) (error|unreachable))"
     "|^remote: error: cannot lock ref(erences| .* File exists)",

@@ -8880,6 +8880,7 @@ REJECTIONS = [
     "remote:   —— Internal API Key ——\n! [remote rejected] a -> a (push declined)",
     "remote: Found internal server names\n! [remote rejected] a -> a (pre-receive)",
     "remote: File commit_refs is too large\n! [remote rejected] a -> a (pre-receive)",
+    "remote: [rejected] commit_refs is too large\n! [remote rejected] a -> a (declined)",
 ]
 
 
