@@ -3430,7 +3430,7 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     # a refusal by the server or by a proxy. ("Permission denied": git cannot read a file of
     # its configuration.) A bad certificate counts, too: finished work is retried for
     # RETRY_LIMIT.
-    "unable to access : (?!URL |Unsupported proxy|error (reading|setting)"
+    "^fatal: unable to access : (?!URL |Unsupported proxy|error (reading|setting)"
     r"|Problem with the |Permission denied|No authentication"
     r"|.*response 4\d\d|.*HTTP code 4\d\d|.*returned error: (?!408|429|5))"
     # ssh has no connection, or it was lost.
@@ -3443,7 +3443,8 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     "|not our ref"
     # The remote is overloaded, or fails in the middle of its answer.
     "|due to load|bad pack header"
-    f"|{SHORTAGE}"
+    f"|{SHORTAGE}",
+    re.MULTILINE,
 )
 # The remote's settings refuse the pack: receive.maxInputSize, receive.fsckObjects.
 REFUSED_PACK_RE = re.compile("^remote: fatal: (pack exceeds|fsck error)", re.MULTILINE)

@@ -8866,6 +8866,7 @@ FINAL_ERRORS = [
     "fatal: unable to access 'URL': error reading X.509 key or certificate file",
     "fatal: unable to access 'URL': No authentication method was acceptable.",
     "fatal: unable to access 'URL': CONNECT tunnel failed, response 407",
+    "remote: fatal: unable to access 'URL': no\nfatal: unable to access 'URL': URL rejected",
 ]
 # And if the remote rejects what is pushed.
 REJECTIONS = [
