@@ -3442,7 +3442,7 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     # A branch was deleted after the remote listed it, or one of its servers lags behind.
     "|not our ref"
     # The remote is overloaded, or fails in the middle of its answer.
-    "|due to load|bad pack header"
+    "|due to load|rate limited by|bad pack header"
     f"|{SHORTAGE}",
     re.MULTILINE,
 )

@@ -8843,6 +8843,8 @@ NETWORK_ERRORS = [
     "remote: GitLab: 500 Internal Server Error\n! [remote rejected] a -> a (pre-receive)",
     "remote: Gitea: Internal Server Error\n! [remote rejected] a -> a (pre-receive hook)",
     "remote: Gitea: Internal Server Connection Error\n! [remote rejected] a -> a (hook)",
+    # git 2.55, if http.maxRetries is set and the remote answers with 429
+    "fatal: rate limited by 'URL', please try again in 1 seconds",
     # GitLab limits how many fetch from a repository, or push to it, at the same time.
     "fatal: remote error: GitLab is currently unable to handle this request due to load.",
     # GitLab's ssh server has the same difficulty. Gerrit has one of its own.
