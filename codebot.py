@@ -3426,7 +3426,7 @@ ACCESS_DENIED_RE = re.compile(
     r"returned error: 403|Permission denied \(|repository  not found"
 )
 TRANSIENT_GIT_ERROR_RE = re.compile(
-    # Whatever keeps git from an http(s) server, in curl's words, except a wrong setting, and
+    # Whatever keeps git from an http(s) server, in curl's words, except a wrong setting and
     # a refusal by the server or by a proxy. ("Permission denied": git cannot read a file of
     # its configuration.) A bad certificate counts, too: finished work is retried for
     # RETRY_LIMIT.
