@@ -9675,7 +9675,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end_tls(self.connection)
         # SSLSocket.shutdown also detaches the TLS state: the rest is read undecrypted.
         self.connection.shutdown(socket.SHUT_WR)
-        while self.connection.recv(CHUNK_BYTES):
+        buffer = bytearray(CHUNK_BYTES)  # reused: many would fragment the heap
+        while self.connection.recv_into(buffer):
             pass
 
 
