@@ -8256,33 +8256,33 @@ def test_agent_commits_and_merges_become_one_commit(local: LocalTask) -> None:
     assert local.show("two") == "2"
 
 
-@pytest.mark.parametrize("name", ["CODING_OPTIONS", "CHANGE_OPTIONS"])
-def test_agent_that_makes_changes_is_told_that_it_cannot_merge(name: str) -> None:
+@pytest.fixture(params=["CODING_OPTIONS", "CHANGE_OPTIONS"])
+def rules(request: pytest.FixtureRequest) -> str:
+    """The rules of an agent that makes changes, in one line."""
+    return " ".join(" ".join(getattr(codebot, request.param).arguments).split())
+
+
+def test_agent_that_makes_changes_is_told_that_it_cannot_merge(rules: str) -> None:
     # Of a merge, only the files would be kept. GitHub would show the changes of the other
     # branch as those of the pull request, and its conflicts would remain. Of a squash,
     # nothing would be kept, although the agent would say that it is done.
-    rules = " ".join(" ".join(getattr(codebot, name).arguments).split())
     assert "you cannot merge, rebase, squash or reword commits, or end" in rules
     assert "or end conflicts with another branch" in rules
 
 
-@pytest.mark.parametrize("name", ["CODING_OPTIONS", "CHANGE_OPTIONS"])
 def test_agent_that_makes_changes_is_told_to_leave_no_other_repository(
-    name: str,
+    rules: str,
 ) -> None:
     # A CLAUDE.md may ask for a worktree, which the checkout would not show, and generators
     # run `git init`. After that, the work could not be committed.
-    rules = " ".join(" ".join(getattr(codebot, name).arguments).split())
     assert "not in a git worktree, and leave no other git repository in it" in rules
 
 
-@pytest.mark.parametrize("name", ["CODING_OPTIONS", "CHANGE_OPTIONS"])
 def test_agent_that_makes_changes_is_told_what_github_does_with_its_words(
-    name: str,
+    rules: str,
 ) -> None:
     # GitHub overlooks the "not" before "fix #12". In a commit's message, it overlooks
     # backticks, too.
-    rules = " ".join(" ".join(getattr(codebot, name).arguments).split())
     assert 'even for "does not fix #12", GitHub closes issue 12' in rules
     assert 'write "issue 12", and leave out the "@"' in rules
 
