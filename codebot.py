@@ -2394,8 +2394,8 @@ GITHUB_ATTEMPTS = 4  # times that a request to GitHub is sent, at most
 GITHUB_RETRY_DELAY = 0.5  # seconds before the second attempt; doubles with each attempt
 MAX_INLINE_WAIT = 5.0  # seconds; instead of a longer wait, GitHub.call raises an error
 MAX_RATE_LIMIT_WAIT = 86400.0  # seconds, even if GitHub or a proxy asks for more
-# Seconds from AppRefused, or from a refused look at everything, to the next look; also
-# from a request that GitHub has refused to a suspended App to its next try
+# Seconds until the next look after AppRefused or a refused look at everything, and until
+# the next try of a request that GitHub refused because the App is suspended
 APP_REFUSED_DELAY = 900.0
 # "workflows" is left out, so GitHub refuses a push that changes .github/workflows.
 TOKEN_PERMISSIONS = {"contents": "write", "pull_requests": "write", "issues": "write"}
@@ -6330,7 +6330,7 @@ def code_block(text: str) -> str:
 
 
 def error_block(error: str) -> str:
-    """Return an error in a code block, in which GitHub would not wrap long lines."""
+    """Return an error in a code block. Long lines are wrapped, because GitHub does not."""
     lines = [
         textwrap.fill(line, 100, break_long_words=False, break_on_hyphens=False)
         for line in error.splitlines()
