@@ -1244,7 +1244,8 @@ def address_secrets(word: str, is_proxy: bool) -> Iterator[str]:
 # codebot starts every program here, in a process group of its own. A program gets only the
 # environment that the caller lists. The exception is git that contacts the remote with
 # --no-github: see inherited_environment. Every environment has CODEBOT_RUN, by which
-# codebot finds processes that have left their group.
+# codebot finds processes that have left their group. A program's input and output are in
+# unlinked files. tempfile makes them in the work directory: see take_work_dir.
 
 MAX_OUTPUT_BYTES = 1 << 30  # a program is ended when its output file is larger
 # Seconds between SIGTERM and SIGKILL, so that git can remove its lock files. (What runs
