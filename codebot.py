@@ -654,7 +654,7 @@ def parse_test_commands(text: str) -> Sequence[tuple[str, str]]:
 
     The first rule that matches a repository counts.
     """
-    # In .env, a \ and an n before owner/name= end a line: "a/b=make test\nc/d=tox".
+    # In .env, \n before owner/name= stands for a line end: "a/b=make test\nc/d=tox".
     text = re.sub(rf"\\n(?={RULE})", "\n", text)
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if len(lines) == 1 and not re.match(NOT_A_COMMAND, lines[0]):
