@@ -6751,7 +6751,7 @@ MAX_PUSHES = 3  # attempts to push a review's change when others push at the sam
 # GitHub allows 80 writes a minute. The reactions must not use them up.
 MAX_REACTIONS = 30
 # codebot's own words in an answer without a commit, by the kind of request. If the agent
-# has answered, only those for a change are added.
+# has answered, they are left out, except those for a change.
 OWN_WORDS = {
     "question": "The agent gave no answer.",
     "change": "No file was changed.",
