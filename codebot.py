@@ -2424,7 +2424,7 @@ UNKNOWN_SHAPE_ERRORS = (
 
 
 class GitHubError(Exception):
-    """GitHub refused a request for good, or redirected it to another host."""
+    """GitHub refused a request permanently, or redirected it to another host."""
 
 
 class NotFound(GitHubError):
@@ -2791,7 +2791,7 @@ class GitHub:
     def retryable_error(self, reply: Reply, scope: TokenScope) -> TransientError:
         """Return a TransientError if a failed request may be sent again.
 
-        Otherwise, raise GitHubError: GitHub has refused it for good.
+        Otherwise, raise GitHubError: GitHub has refused it permanently.
         """
         status = reply.status
         if status == 0:
