@@ -7220,7 +7220,8 @@ def own_words(job: Job, answer: str) -> str:
 # - If GitHub refuses to report the access of the person who labeled an issue, the label is
 #   ignored, and must be added again.
 # - Closing or deleting an issue stops no task. A review that runs or starts while its pull
-#   request is closed or locked ends for good, even if it is reopened or unlocked.
+#   request is closed or locked ends. It does not run again, even if the pull request is
+#   reopened or unlocked.
 #   Once a pull request has been closed for CODEBOT_TASK_RETENTION, codebot forgets it.
 # - A look reads all comments of a pull request, or all events of an issue, 50 at a time.
 #   Anybody who may comment, or who renames their own issue again and again, can make that
