@@ -2382,7 +2382,7 @@ def processes_in_workspaces(path: str) -> list[int]:
 # - If the address of GitHub is http://, for a tunnel on this machine, an agent can listen
 #   on the tunnel's port while the tunnel is down, and receive JWTs and tokens.
 # - GITHUB_TIMEOUT limits how long GitHub may be silent, and how long a body may take. With
-#   headers that come slowly or without an end, GitHub or a proxy can hold up a thread for
+#   headers that come slowly or without an end, GitHub or a proxy can block a thread for
 #   longer: the sync thread, or a job's, even if the job is cancelled. A stop ends that.
 # - codebot removes HTML comments and invisible characters from people's text (see
 #   visible_text), even the comments in code, which GitHub shows. It does not remove text
@@ -7287,7 +7287,7 @@ class Sync:
         except TransientError as error:
             log.warning("Looking at %s failed and will be repeated: %s", look, error)
             delay = max(RETRY_DELAY, error.retry_at - time.time())
-        except UNKNOWN_SHAPE_ERRORS:  # it must not hold up the looks behind it
+        except UNKNOWN_SHAPE_ERRORS:  # it must not delay the looks behind it
             log.exception("Looking at %s failed and will be repeated", look)
         finally:
             if delay:
@@ -7809,7 +7809,7 @@ def queue_due_jobs(codebot: Codebot) -> None:
     """Wait until jobs may be due, for a second at most; then fill the queues.
 
     Each empty queue gets up to two jobs: one that a transient error has delayed, and one
-    that was not delayed. So neither holds up the other, except on the same pull request.
+    that was not delayed. So neither delays the other, except on the same pull request.
     """
     codebot.jobs_due.wait(TIMER_INTERVAL)
     codebot.jobs_due.clear()
