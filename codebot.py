@@ -6616,7 +6616,7 @@ def run_tests(workspace: Workspace, command: str) -> str:
             run.update(passed_attempt=attempt)
             return tree
         # sh exits with 126 or 127 if it cannot start the command, or a script's last one.
-        # At attempt 1, the host usually lacks the program, which the agent cannot mend.
+        # At attempt 1, the host usually lacks the program, which the agent cannot fix.
         if attempt == 1 and result.code in (126, 127):
             raise JobFailed(
                 "tests_failed",
@@ -6977,7 +6977,7 @@ def classify(review: Review, text: str) -> None:
     The agent has no tools and sees no repository.
     """
     run = review.run
-    # By its login, a comment that mentions the App is told from a command for another bot.
+    # The login lets the agent distinguish mentions of the App from other bots' commands.
     login = review.github_repository.github.bot().login
     prompt = f"Comments:\n{text}At GitHub, your login is {login}.\n"
     with scratch_workspace(run.config.work_dir) as path:
