@@ -10146,7 +10146,7 @@ def fork_watchdog(codebot: Codebot) -> None:
         tempfile.tempdir = codebot.config.work_dir  # as in take_work_dir
         os.read(read_end, 1)  # returns when write_end is closed
         end_processes(tagged_processes, codebot.config.run_tag)
-        # Only with a launcher. The prefix spares what the next codebot on this work
+        # Only with a launcher. The prefix excludes what the next codebot on this work
         # directory may already have launched.
         stop_all_launched(codebot.config, record_prefix=codebot.config.run_tag)
     finally:
