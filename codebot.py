@@ -1305,12 +1305,13 @@ SIGNAL_EXIT_CODES = (*KILLED_EXIT_CODES, -15, 143)
 
 # Matches lines that name no cause: empty ones, frames of ssh, GitLab and others, what ssh
 # 10.1 says of older servers, advice of git here or at the remote, and what git prints
-# around the reason why a push was rejected.
+# around the reason why a push was rejected. (With "To \S*[:/]\S+", a line that an agent
+# prints could take half a second, in which no other thread runs.)
 NOISE_RE = re.compile(
     r"(remote:)?[ @=*-]*|\*\* (WARNING: connection|This session|The server) .*"
     "|hint:.*|Please make sure you have the correct access rights"
     "|and the repository exists."
-    r"|To \S*[:/]\S+|error: failed to push some refs to '.*'"
+    r"|To (?=\S*[:/]\S)\S+|error: failed to push some refs to '.*'"
 )
 # Matches what programs say if the host lacks disk space, processes or memory.
 SHORTAGE = (

@@ -4424,6 +4424,7 @@ and the repository exists.
         ("a\nb\nc\nd\ne\nf\n", "a / b / c / d / e / f"),
         ("a\nb\nc\nd\ne\nf\ng\n", "a / c / d / e / f / g"),
         ("To do:\nerror: failed to push\n", "To do: / error: failed to push"),
+        ("To host:a.git\nTo /srv/a/\nTo https://host/a\nfatal: b\n", "fatal: b"),
         ("  hint: a\nremote: \n\n", "no output"),
     ],
 )
@@ -4431,6 +4432,13 @@ def test_error_of_program_has_its_beginning_and_its_end(
     stderr: str, error: str
 ) -> None:
     assert codebot.ProgramResult(1, "", stderr).error == error
+
+
+def test_hostile_lines_of_an_error_are_read_at_once() -> None:
+    # With a simple pattern it would take minutes, and slow down all threads.
+    line = f"To {':' * 9_990} x"
+    stderr = "\n".join([line] * codebot.KEPT_LINES)
+    assert codebot.ProgramResult(1, "", stderr).error == " / ".join([line] * 6)
 
 
 def test_secret_that_ends_with_the_period_of_an_error_is_redacted() -> None:
