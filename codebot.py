@@ -8,7 +8,7 @@ codebot answers, or changes the code and pushes again.
 
 It needs only Python 3.9 or newer and these programs: git, openssl (with GitHub), bwrap,
 claude and sh. Its shell scripts also use chmod, find, ls, mkdir, rm, sed and sleep; the
-demo's use cat and grep. It is for Linux. On macOS there is no sandbox, and nothing is
+demo also uses cat and grep. It is for Linux. On macOS there is no sandbox, and nothing is
 tested.
 
     python3 codebot.py demo    try it: one task from end to end, no configuration
