@@ -2414,7 +2414,7 @@ REDIRECTS = (301, 302, 307, 308)  # followed with the same method: a POST stays 
 MAX_CACHED_REPLIES = 4000  # a poll takes about four for each open pull request
 MAX_CACHED_BYTES = 64 << 10  # bytes of a reply; a longer reply is not cached
 VISIBILITY_DELAY = 50.0  # seconds until something new is visible in all parts of GitHub
-# Raised by code that reads a response which does not have the documented shape.
+# Raised where JSON from GitHub or from the agent does not have the documented shape.
 UNKNOWN_SHAPE_ERRORS = (
     AttributeError,
     LookupError,
