@@ -7269,8 +7269,8 @@ class Sync:
         it again. The look at everything is repeated: nothing else might ask for it.
         """
         del self.looks[look]  # so that another thread can ask for it again
-        # Seconds until the look is repeated; 0: never. An error for which nothing below
-        # sets another value keeps this one.
+        # Seconds until the look is repeated; 0: never. After an error, it is RETRY_DELAY,
+        # unless something else is set below.
         delay = RETRY_DELAY
         try:
             self.look_at(look)
