@@ -6020,7 +6020,7 @@ def remove_session(workspace: Workspace) -> None:
 
 
 class SessionLost(JobFailed):
-    """The agent cannot continue: its home directory no longer has the session."""
+    """The agent cannot continue its session: it is not there, or the model rejects it."""
 
 
 def delimited(name: str, text: str, attributes: str = "") -> str:
@@ -6173,7 +6173,14 @@ class AgentRun:
         code = f"exit code {program.code}"
         if not result and program.code in KILLED_EXIT_CODES:
             code = f"{code}: it was killed, perhaps because memory ran out"
-        return JobFailed("agent_failed", f"The agent failed ({code}): {error}")
+        message = f"The agent failed ({code}): {error}"
+        # At the first turn, the model has rejected the session itself, as invalid (400) or
+        # too long (400 or 413). It would do so each time: for example, if another account
+        # has signed the session's thoughts. (Without credit, the ending is the same.)
+        ending = (result.get("api_error_status"), result.get("num_turns"))
+        if ending in ((400, 1), (413, 1)):
+            return SessionLost("agent_failed", message)
+        return JobFailed("agent_failed", message)
 
 
 def tool_call_text(name: str, inputs: JsonObject) -> str:
@@ -7029,17 +7036,15 @@ def carry_out(review: Review, text: str) -> None:
 
 
 def continue_session(review: Review, prompt: str, options: AgentOptions) -> JsonObject:
-    """Continue the task's session; if it is lost, begin one with the task.
+    """Continue the task's session; if that is impossible, begin one with the task.
 
     Returns AgentRun.output().
     """
     workspace = review.workspace
     try:
         return ask_agent(workspace, prompt, options, CONTINUE_SESSION)
-    except SessionLost:
-        workspace.run.log_event(
-            "codebot", "The agent's session is lost; a new one begins"
-        )
+    except SessionLost as error:
+        workspace.run.log_event("codebot", f"{error}. A new session begins")
     remove_session(workspace)
     task = delimited("task", task_text(review.task.request))
     base_commit = review.task.base_commit

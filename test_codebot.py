@@ -12454,6 +12454,37 @@ def test_broken_conversation_is_begun_anew(pull: Pull) -> None:
     assert broken.read_text() == "begun\n"
 
 
+def plan_of_rejection(status: int, turns: int) -> str:
+    """Return a plan in which the model rejects a resumed conversation at a turn."""
+    result = {"type": "result", "subtype": "success", "is_error": True}
+    result.update(num_turns=turns, api_error_status=status, result="Invalid signature")
+    reject = f"echo {shlex.quote(json.dumps(result))}; exit 1"
+    return f'classify question; case "$*" in *--resume*) {reject};; esac; answer Done'
+
+
+@pytest.mark.parametrize("status", [400, 413])
+def test_conversation_that_the_model_rejects_is_begun_anew(
+    pull: Pull, status: int
+) -> None:
+    pull.site.agent.follow(plan_of_rejection(status, turns=1))
+    pull.site.person("alice").inline("Why?")
+    assert pull.review()["status"] == "completed"
+    assert "Done" in pull.answer()
+    rejected, begun = pull.site.agent.runs("question")
+    assert rejected.option("--resume") == pull.task
+    assert begun.option("--session-id") == pull.task
+    message = "(exit code 1): Invalid signature. A new session begins"
+    assert any(message in line for line in pull.messages())
+
+
+def test_work_that_the_model_rejects_later_is_not_done_again(pull: Pull) -> None:
+    pull.site.agent.follow(plan_of_rejection(400, turns=2))
+    pull.site.person("alice").inline("Why?")
+    assert pull.review()["reason"] == "agent_failed"
+    assert "Invalid signature" in pull.answer()
+    assert len(pull.site.agent.runs("question")) == 1
+
+
 def test_start_keeps_the_conversation_of_those_who_wrote_meanwhile(fresh: Site) -> None:
     fresh.server.start()
     pull = open_pull(fresh)
