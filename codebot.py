@@ -2979,6 +2979,8 @@ class GitHubRepository:
         self.full_name = str(payload["full_name"])
         self.is_allowed = is_allowed(github.config, self.full_name)
         self.is_archived = bool(payload.get("archived"))
+        # An older Enterprise Server does not send it.
+        self.has_pull_requests = bool(payload.get("has_pull_requests", True))
         self.api_path = f"/repos/{self.full_name}"
         self.url = f"{github.config.git_address}/{self.full_name}"
 
@@ -6412,8 +6414,8 @@ def ask_for_repository(run: JobRun, github: GitHub, name: str) -> GitHubReposito
 def find_repository(run: JobRun) -> Repository:
     """Find the task's repository at GitHub, store its id, and return it.
 
-    Raises JobFailed if the repository is not allowed (the settings may have changed), or
-    was renamed, replaced or archived. For other errors see ask_for_repository.
+    Raises JobFailed if the repository is not allowed (the settings may have changed). For
+    other errors see ask_for_repository and require_usable_repository.
     """
     job = run.job
     try:
@@ -6433,9 +6435,9 @@ def find_repository(run: JobRun) -> Repository:
 def require_usable_repository(
     job: Job, repository: Repository, github_repository: GitHubRepository
 ) -> None:
-    """Raise JobFailed if the task's repository was renamed, replaced or archived.
+    """Raise JobFailed if the repository was renamed or replaced, or takes no pull requests.
 
-    A task that has a commit may wait until its repository is unarchived.
+    A task that has a commit may wait until its repository takes pull requests again.
     """
     if github_repository.full_name.lower() != repository.full_name.lower():
         raise JobFailed(
@@ -6449,11 +6451,19 @@ def require_usable_repository(
             f"The name {github_repository.full_name} now belongs to another repository. "
             "Submit the task again.",
         )
-    if github_repository.is_archived and not job.commit_id:
+    if job.commit_id:
+        return
+    if github_repository.is_archived:
         raise JobFailed(
             "clone_failed",
             f"{repository.full_name} is archived, so nothing can be pushed to it. "
             "Unarchive it at GitHub, and submit the task again.",
+        )
+    if not github_repository.has_pull_requests:
+        raise JobFailed(
+            "clone_failed",
+            f"In {repository.full_name}, pull requests are turned off. Turn them on in "
+            "its settings at GitHub, and submit the task again.",
         )
 
 

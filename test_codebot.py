@@ -9511,10 +9511,19 @@ def test_commit_waits_while_github_refuses_the_app_and_a_new_task_fails(
         codebot.find_repository(run)
 
 
-def test_task_in_archived_repository_costs_nothing(shared: Site) -> None:
-    fields = {**shared.repository.json(), "archived": True}
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"archived": True}, "archived"),
+        ({"has_pull_requests": False}, "pull requests are turned off"),
+    ],
+)
+def test_task_in_repository_without_pull_requests_costs_nothing(
+    shared: Site, field: dict[str, bool], message: str
+) -> None:
+    fields = {**shared.repository.json(), **field}
     shared.repository.fail("GET ", 200, fields, always=True)
-    assert "archived" in shared.api.failed(shared.api.submit(), "clone_failed")
+    assert message in shared.api.failed(shared.api.submit(), "clone_failed")
     assert shared.agent.runs() == []
 
 
