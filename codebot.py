@@ -1311,7 +1311,7 @@ NOISE_RE = re.compile(
     r"(remote:)?[ @=*-]*|\*\* (WARNING: connection|This session|The server) .*"
     "|hint:.*|Please make sure you have the correct access rights"
     "|and the repository exists."
-    r"|To (?=\S*[:/]\S)\S+|error: failed to push some refs to '.*'"
+    r"|To [^\s:/]*[:/]\S+|error: failed to push some refs to '.*'"
 )
 # Matches what programs say if the host lacks disk space, processes or memory.
 SHORTAGE = (
