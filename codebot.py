@@ -2929,7 +2929,7 @@ class GitHub:
             if isinstance(entries, dict):  # the list of an installation's repositories
                 entries = entries["repositories"]
             yield from entries
-            link = re.search(r'<([^>]+)>; *rel="next"', reply.headers.get("Link", ""))
+            link = re.search(r'<([^<>]+)>; *rel="next"', reply.headers.get("Link", ""))
             path = link[1] if link else ""
 
     # The App, its installation and its repositories

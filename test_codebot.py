@@ -9743,6 +9743,15 @@ def test_comment_on_a_new_page_is_found_although_the_page_before_is_the_same(
             assert len([*repository.comments(1)]) == number
 
 
+def test_hostile_link_to_the_next_page_is_read_at_once(fresh: Site) -> None:
+    # With a simple pattern it would take hours, and block all threads.
+    link = "\r\n ".join(["<" * 60_000] * 20)  # one header, in 20 lines
+    fresh.repository.fail("GET /issues", 200, [{"number": 7}], {"Link": link})
+    github = github_client(fresh)
+    repository = github.repository_by_name(fresh.repository.name)
+    assert repository.issues_with_label("codebot") == [7]
+
+
 def test_openssl_that_prints_no_signature_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
