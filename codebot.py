@@ -3306,6 +3306,7 @@ def require_outside_work_dir(config: Config, path: str) -> None:
     except OSError:  # another user's /proc/PID/cwd, in older Python
         raise ValueError("must be a path that codebot can read") from None
     # The path where it leads now, and the path as written: a symlink in it may change.
+    # The kernel takes //proc for /proc; is_inside does not.
     for spelling in (re.sub("/+", "/", path), resolved):
         # Paths such as /proc/self/cwd lead to the work directory by another name.
         for directory in (config.work_dir, "/proc", "/dev"):
