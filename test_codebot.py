@@ -2277,6 +2277,7 @@ def wait_until_idle(site: Site) -> None:
         return not site.server.strays()
 
     wait_for(is_idle)
+    assert "Unexpected error; the thread continues" not in site.server.log()
 
 
 @pytest.fixture(scope="session")
@@ -12742,7 +12743,7 @@ def test_delivery_is_looked_at_before_the_rest_of_a_poll(
     monkeypatch.setattr(codebot, "SYNC_INTERVAL", 0.01)
     monkeypatch.setattr(sync, "look_at", look_at)
     sync.looks = {codebot.Look("repository", n): float(n) for n in (1, 2, 3)}
-    for _ in range(4):
+    for _ in range(5):  # the last has nothing to look at
         sync.step()
     assert looks[:2] == [codebot.Look("repository", 1), delivered]
     assert len(looks) == 4
