@@ -12712,6 +12712,16 @@ def test_response_of_unknown_shape_holds_up_no_other_look(
     assert str(first) in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["pull_request", "ended_task"])
+def test_look_at_a_task_that_was_deleted_is_not_repeated(
+    sync: codebot.Sync, kind: str
+) -> None:
+    look = codebot.Look(kind, task_id="deleted")
+    sync.looks = {look: 0.0}
+    sync.take(look)
+    assert sync.looks == {}
+
+
 @pytest.mark.parametrize(
     ("look", "text"),
     [
@@ -12789,6 +12799,17 @@ def test_ended_task_is_reported_although_other_looks_are_always_due(
     for _ in range(4):
         sync.step()
     assert ended in looks
+
+
+def test_polling_repeats_only_the_look_at_everything(
+    sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync.config = dataclasses.replace(sync.config, enable_polling=True)
+    monkeypatch.setattr(sync, "look_at", codebot.do_nothing)
+    sync.looks = {codebot.Look("issue", 7, 5): 0.0, codebot.EVERYTHING: 0.0}
+    for look in list(sync.looks):
+        sync.take(look)
+    assert list(sync.looks) == [codebot.EVERYTHING]
 
 
 def test_second_look_is_not_lost_to_one_that_waits(
@@ -13509,6 +13530,7 @@ def test_payload_cannot_make_up_a_label(shared: Site) -> None:
     wait_until_deliveries_are_handled(shared)
     assert issue.tasks() == []
     assert shared.repository.answers(issue.number) == []
+    assert "will be repeated" not in shared.server.log()
 
 
 def test_issue_of_a_repository_that_is_not_allowed_anymore_gets_no_comment(
