@@ -13880,6 +13880,19 @@ def test_advice_to_label_a_changed_issue_again_is_posted_once(shared: Site) -> N
     assert len(issue.comments()) == 1
 
 
+def make_issue(updated_at: str) -> codebot.Issue:
+    """Return an issue of a bot or of a deleted user."""
+    return codebot.Issue(
+        number=1,
+        url="https://github.com/acme/widget/issues/1",
+        title="Title",
+        body="Text",
+        author="",
+        is_open=True,
+        updated_at=updated_at,
+    )
+
+
 @pytest.mark.parametrize(
     ("second", "is_untrusted"), [(0, False), (1, False), (2, True)]
 )
@@ -13888,15 +13901,7 @@ def test_issue_of_a_bot_may_not_change_after_its_label(
 ) -> None:
     """Its author, who may be deleted, has no access, so GitHub need not be asked."""
     repository = codebot.GitHubRepository(sync.github, {"full_name": "acme/widget"})
-    issue = codebot.Issue(
-        number=1,
-        url="https://github.com/acme/widget/issues/1",
-        title="Title",
-        body="Text",
-        author="",
-        is_open=True,
-        updated_at=f"2026-01-01T00:00:0{second}Z",
-    )
+    issue = make_issue(f"2026-01-01T00:00:0{second}Z")
     event = codebot.LabelEvent(7, False, "alice", "2026-01-01T00:00:00Z")
     assert sync.has_untrusted_edit(repository, issue, event) == is_untrusted
 
@@ -13985,6 +13990,33 @@ def test_removing_label_cancels_task(shared: Site) -> None:
     [comment] = issue.comments()
     assert "To start it again, remove the label, if it is still there" in comment
     assert shared.repository.pulls == []
+
+
+def submit_issue(sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Submit issue 1 of repository 7, which has no comments, for label event 1."""
+    payload = {"id": 7, "full_name": "acme/widget"}
+    repository = codebot.GitHubRepository(sync.github, payload)
+    monkeypatch.setattr(repository, "entries", lambda path: [])
+    label = codebot.LabelEvent(1, False, "alice", "2026-01-01T00:00:00Z")
+    sync.submit_issue(repository, make_issue(label.created_at), label)
+
+
+def test_issue_that_was_submitted_before_a_crash_becomes_no_second_task(
+    sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        submit_issue(sync, monkeypatch)
+    assert len(sync.store.tasks("", 10, sys.maxsize)) == 1
+
+
+def test_removing_label_cancels_task_that_waits_in_the_queue(
+    sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit_issue(sync, monkeypatch)
+    assert sync.store.unfinished_issues() == [(7, 1)]
+    removal = codebot.LabelEvent(2, True, "alice", "2026-01-01T00:00:01Z")
+    sync.cancel_superseded(codebot.Look("issue", 7, 1), removal)
+    assert sync.store.unfinished_issues() == []
 
 
 def test_label_put_on_again_makes_new_task(shared: Site) -> None:
