@@ -1242,7 +1242,7 @@ class Person:
         self.repository.issues[self.number]["state"] = pull["state"]
         if webhook:
             payload = self.payload(action, number=self.number, pull_request=pull)
-            assert self.github.deliver("pull_request", payload).status in (200, 202)
+            assert self.github.deliver("pull_request", payload).status == 202
 
     def close(self, webhook: bool = True) -> None:
         self.change_pull("closed", webhook, state="closed")
@@ -11141,6 +11141,14 @@ def test_delivery_without_valid_signature_is_refused(
     pull.assert_untouched()
 
 
+def test_delivery_is_refused_if_github_is_turned_off(store: codebot.Store) -> None:
+    app = app_with(store, webhook_secret=WEBHOOK_SECRET)
+    request = codebot.Request("", {}, "127.0.0.1", bytes)
+    with pytest.raises(codebot.HTTPError, match="Webhooks are off") as refused:
+        codebot.require_signature(app, request)
+    assert refused.value.status == 404
+
+
 def test_signature_covers_raw_bytes_of_delivery(shared: Site) -> None:
     body = '{ "zen":  "F\u00fcr alle F\u00e4lle" }'.encode()
     assert shared.github.deliver("ping", body).status == 200
@@ -11185,7 +11193,10 @@ IGNORED_DELIVERIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "closed unknown pull request": ("pull_request", {"pull_request.number": 10**6}),
     "synchronized": ("pull_request", {"action": "synchronize"}),
-    "label of a pull request": ("pull_request", {"action": "labeled"}),
+    "label of a pull request": (
+        "pull_request",
+        {"action": "labeled", "label": {"name": "codebot"}},
+    ),
     "other event": ("push", {}),
     "installation": ("installation", {"action": "created"}),
     "other installation": ("issue_comment", {"installation.id": 679}),
@@ -13737,6 +13748,21 @@ def test_other_label_is_ignored(shared: Site) -> None:
     shared.person("alice").label(issue.number, "bug")
     issue.assert_ignored("Not the label")
     assert shared.repository.count("*") == requests
+
+
+@pytest.mark.parametrize(
+    ("setting", "label"), [("CodeBot", "codebot"), ("codebot", "CODEBOT")]
+)
+def test_case_of_a_label_does_not_count(
+    store: codebot.Store, setting: str, label: str
+) -> None:
+    app = app_with(store, issue_label=setting)
+    payload = {
+        "label": {"name": label},
+        "repository": {"id": 7},
+        "issue": {"number": 5},
+    }
+    assert codebot.look_of_label(app, payload) == codebot.Look("issue", 7, 5)
 
 
 def test_label_put_on_and_taken_off_at_once_is_ignored(shared: Site) -> None:
