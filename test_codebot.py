@@ -5931,6 +5931,16 @@ def test_failed_review_says_once_that_its_commit_may_have_been_pushed(
     assert codebot.error_to_store(run.job, ending) == run.job.error
 
 
+def test_failure_of_a_cancelled_review_is_not_posted(store: codebot.Store) -> None:
+    run = review_run(store)
+    failure = codebot.Ending("failed", "stalled", "No output")
+    assert codebot.must_tell_reviewer(run, failure)
+    skipped = codebot.Ending("failed", "cancelled", "The review was skipped: locked")
+    assert not codebot.must_tell_reviewer(run, skipped)
+    run.is_cancelled = True  # its pull request was closed
+    assert not codebot.must_tell_reviewer(run, failure)
+
+
 def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
     store: codebot.Store,
 ) -> None:
@@ -5940,9 +5950,18 @@ def test_failure_that_the_reviewer_is_to_be_told_survives_retries(
     codebot.store_failure(run, failure)
     assert not codebot.must_tell_reviewer(run, failure)
     store.requeue(run.job.id)
+    # What the reviewer writes from now on is no part of what has failed.
+    task = store.job(run.job.task_id)
+    assert task is not None
+    assert store_review(store, task, 2, "alice") != run.job.id
     again = claim(store, run.job.id)
     assert again.reason == "stalled"
     assert again.error == "No output"
+    run.job = dataclasses.replace(again, transient_since=IN_1970)
+    last = codebot.ending_after_transient_error(run, "502")
+    assert last.status == "failed"
+    assert last.reason == "stalled"
+    assert last.error == "No output"
 
 
 # Cancelling
@@ -5968,6 +5987,15 @@ def test_cancelled_run_fails_as_cancelled_however_its_steps_end(
     task = stored_job(store, run.job)
     assert task.status == "failed"
     assert task.reason == "cancelled"
+
+
+def test_review_that_is_cancelled_after_its_last_step_is_completed(
+    store: codebot.Store,
+) -> None:
+    run = review_run(store)
+    run.is_cancelled = True  # its pull request was closed when the answer was posted
+    codebot.store_ending(run, codebot.Ending("completed"))
+    assert stored_job(store, run.job).status == "completed"
 
 
 def test_task_that_is_cancelled_while_its_failure_is_stored_fails_as_cancelled(
@@ -12392,6 +12420,15 @@ def test_closing_ends_running_review_and_removes_workspace(shared: Site) -> None
     wait_for(lambda: not list(shared.server.work_dir.glob("trash_*")))
 
 
+def test_closing_ends_only_reviews_of_that_pull_request(sync: codebot.Sync) -> None:
+    run = codebot.JobRun(sync.codebot, claim_review(sync.store))
+    sync.codebot.running[run.job.id] = run
+    sync.cancel_reviews("the task of another pull request")
+    assert not run.is_cancelled
+    sync.cancel_reviews(run.job.task_id)
+    assert run.is_cancelled
+
+
 def test_change_is_not_pushed_to_a_pull_request_that_was_closed(shared: Site) -> None:
     pull = open_pull(shared, f"cost=null; classify change; block; {MAKE_CHANGE}")
     shared.person("alice").inline("Say more")
@@ -12987,6 +13024,11 @@ def test_skipped_review_is_deleted_unless_it_was_classified_or_has_failed(
     assert codebot.ending_of_skipped_review(run, skipped).status == status
 
 
+def test_review_is_skipped_if_github_is_turned_off(store: codebot.Store) -> None:
+    with pytest.raises(codebot.ReviewSkipped):
+        codebot.load_review(review_run(store))
+
+
 def test_failure_is_reported_before_the_next_review_runs(pull: Pull) -> None:
     site = pull.site
     before = pull.tip()
@@ -13018,6 +13060,7 @@ def test_rejected_push_of_review_is_reported_in_words_of_remote(pull: Pull) -> N
     hook.unlink()
     assert review["reason"] == "push_rejected"
     assert "GH006: Protected branch" in pull.answer()
+    assert "The agent says" not in pull.answer()  # that it has made the change
     assert pull.tip() == before
     failed, last = pull.messages()[-2:]
     assert failed.startswith("codebot: Failed (push_rejected): ")
@@ -13082,6 +13125,18 @@ def test_reply_in_thread_whose_first_comment_was_deleted_gets_no_answer(
     pull.site.person("alice").announce(reply)
     assert pull.review()["status"] == "completed"
     assert pull.answers() == []
+
+
+def test_reply_is_posted_later_if_github_once_does_not_show_the_pull_request(
+    pull: Pull,
+) -> None:
+    repository = pull.site.repository
+    hide = functools.partial(repository.fail, "GET /pulls/1", 404)
+    not_found = Reply(404, {"message": "Not Found"})
+    repository.add_fault(Fault(REPLIES, before=hide, reply=not_found))
+    comment = pull.site.person("alice").inline("Why?")
+    assert pull.review()["status"] == "completed"
+    assert f"Because {comment.id}." in pull.reply(comment)
 
 
 def test_answer_in_conversation_is_posted_later_if_github_once_answers_404(
