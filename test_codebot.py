@@ -12132,10 +12132,14 @@ def let_others_push_first(pull: Pull, files: Mapping[str, str]) -> None:
 def put_on_top(local: LocalTask, plan: str, push: Callable[[], object]) -> None:
     """Let the agent work and others push; put its change on top of theirs."""
     workspace = local.workspace
+    github_repository: Any = None  # is not asked
     local.commit(f"{plan}; result Done")
     push()
     _, tip = workspace.mirror.fetch_branch(workspace.repository, "main")
-    workspace.reapply(tip)
+    review = codebot.Review(local.run, local.run.job, github_repository, workspace)
+    codebot.reapply_change(review, tip)
+    # If others remove their commit before a retry, the retry notices that.
+    assert local.run.job.base_commit == tip
 
 
 def test_huge_change_is_not_put_on_top_of_what_others_pushed(
