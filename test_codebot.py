@@ -5835,6 +5835,7 @@ def test_finished_answer_is_posted_again_without_counting_interruptions(
     [
         ({"phase": "clone"}, "clone_failed"),
         ({"phase": "clone", "commit_id": "c0ffee"}, "push_rejected"),
+        ({"phase": "", "commit_id": "c0ffee"}, "push_rejected"),
         (
             {"phase": "clone", "commit_id": "c0ffee", "push_started": True},
             "pull_request_failed",
@@ -6920,6 +6921,7 @@ def task_at_github(site: Site, store: codebot.Store, url: str) -> codebot.JobRun
 def test_other_spelling_of_name_uses_same_mirror(
     fresh: Site, store: codebot.Store
 ) -> None:
+    fresh.repository.rename("acme/WIDGET")
     run = task_at_github(fresh, store, f"{fresh.github.url}/ACME/Widget.git")
     path = fresh.server.work_dir / codebot.find_repository(run).mirror_path
     assert path == mirror_of(fresh, "acme/widget")
@@ -9410,6 +9412,17 @@ def test_pushed_task_waits_until_github_shows_its_repository(shared: Site) -> No
     assert shared.server.log().count(f"{task}: running -> pending") == len(outages)
     assert len(shared.agent.runs()) == 1
     assert len(shared.repository.pulls) == 1
+
+
+def test_push_whose_response_was_lost_is_repeated_without_github(
+    local: LocalTask,
+) -> None:
+    local.commit(SAY_HELLO)
+    for _ in range(2):
+        codebot.push_task_commit(local.workspace)
+        assert local.run.job.push_started
+    branch = local.run.job.branch
+    assert local.site.repository.git("rev-parse", branch) == local.run.job.commit_id
 
 
 def test_search_for_pull_request_that_fails_too_long_is_no_rejected_push(
