@@ -16013,6 +16013,14 @@ def test_invalid_field_gets_400_and_is_named(
     assert_is_error(response, 400, message)
 
 
+def test_optional_field_that_is_null_counts_as_missing() -> None:
+    config = codebot.Config(no_github=True)
+    fields = {"repository_url": "/srv/widget.git", "description": "Say hello"}
+    expected = codebot.read_task_request(config, fields)
+    optional = dict.fromkeys(codebot.TASK_FIELDS.keys() - fields.keys())
+    assert codebot.read_task_request(config, {**optional, **fields}) == expected
+
+
 def test_review_is_no_task_of_the_api(store: codebot.Store) -> None:
     task = store_task_in_state(store, "completed")
     review = store_review(store, store_pull_request(store, task), 1, "alice")
@@ -16486,6 +16494,27 @@ def test_task_of_a_repository_that_is_not_allowed_anymore_is_not_retried(
         codebot.retry_task(app, request, task.id)
     assert raised.value.status == 403
     assert len(store.tasks("", 10, sys.maxsize)) == 1
+
+
+def test_retry_is_for_the_same_repository_even_if_its_name_was_given_to_another(
+    store: codebot.Store,
+) -> None:
+    task = store_task(store, repository_id=7)
+    store.finish(claim(store, task.id), 1.5, "failed")
+    request = codebot.Request("", {}, "127.0.0.1", bytes)
+    codebot.retry_task(app_with(store, no_github=False), request, task.id)
+    retry, _ = [store.job(fields["task_id"]) for fields in store.tasks("", 10, 100)]
+    assert retry is not None
+    assert retry.status == "pending"
+    assert retry.repository_id == 7  # compared with GitHub's: require_usable_repository
+
+
+def test_empty_idempotency_key_of_a_retry_is_none(store: codebot.Store) -> None:
+    task = store_task_in_state(store, "failed")
+    request = codebot.Request("", {"idempotency-key": ""}, "127.0.0.1", bytes)
+    app = app_with(store, no_github=False)
+    retries = [codebot.retry_task(app, request, task.id).body for _ in range(2)]
+    assert retries[0] != retries[1]
 
 
 def test_retry_with_the_idempotency_key_of_its_task_is_a_new_task(
