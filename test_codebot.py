@@ -5892,11 +5892,19 @@ def test_long_error_is_cut_when_it_is_stored(store: codebot.Store) -> None:
     assert len(codebot.error_to_store(task_run(store).job, ending)) == 10_000
 
 
-def test_seconds_of_a_task_end_with_its_commit(store: codebot.Store) -> None:
+def test_seconds_of_a_task_end_with_its_commit(local: LocalTask) -> None:
+    seconds = local.commit(SAY_HELLO).seconds
+    assert seconds > 0
+    local.run.started -= 5000.0  # as if its push had been retried since then
+    codebot.store_ending(local.run, codebot.Ending("completed"))
+    assert local.run.store.totals()[0] == seconds
+
+
+def test_seconds_of_a_task_without_a_commit_count_too(store: codebot.Store) -> None:
     run = task_run(store)
-    run.update(seconds=5000.0)  # as if its push had been retried since then
-    codebot.store_ending(run, codebot.Ending("completed"))
-    assert store.totals()[0] == 5000.0
+    run.started -= 5000.0
+    codebot.store_ending(run, codebot.Ending("failed", "agent_failed", "No"))
+    assert store.totals()[0] >= 5000.0
 
 
 def test_task_whose_push_was_rejected_was_not_pushed(store: codebot.Store) -> None:
@@ -11927,6 +11935,15 @@ def test_change_is_pushed_and_answered_in_its_thread(pull: Pull) -> None:
     assert pull.reactions() == [("inline", comment.id)]
     [run] = pull.site.agent.runs("change")
     assert run.option("--resume") == pull.task
+    phases = [m for m in pull.messages() if m.startswith("phase: ")]
+    assert phases == [
+        "phase: classify",
+        "phase: clone",
+        "phase: agent",
+        "phase: commit",
+        "phase: push",
+        "phase: answer",
+    ]
 
 
 def test_agent_that_declines_a_change_is_heard_although_the_tests_fail(
