@@ -5728,6 +5728,13 @@ def test_delayed_task_is_still_delayed_after_a_start(store: codebot.Store) -> No
             "",
             "System error on this host: full",
         ),
+        (OSError(errno.EIO, "I/O"), "pending", "", "error on this host: i/o"),
+        (OSError(errno.ESTALE, "Stale"), "pending", "", "error on this host: stale"),
+        (OSError(errno.EDQUOT, "Quota"), "pending", "", "error on this host: quota"),
+        (OSError(errno.EMFILE, "Files"), "pending", "", "error on this host: files"),
+        (OSError(errno.ENFILE, "Files"), "pending", "", "error on this host: files"),
+        (OSError(errno.ENOMEM, "Memory"), "pending", "", "error on this host: memory"),
+        (OSError(errno.EAGAIN, "Again"), "pending", "", "error on this host: again"),
         (OSError(errno.EBUSY, "Busy"), "pending", "", "error on this host: busy"),
         (OSError(errno.ETIMEDOUT, "Late"), "pending", "", "error on this host: late"),
         (OSError(errno.ENOLCK, "None"), "pending", "", "error on this host: none"),
@@ -10845,6 +10852,26 @@ def test_failed_stop_is_tried_once_in_a_cleanup_that_deletes_old_records(
     assert store.job(task.id) is None
     assert not app.cleanup_wanted.is_set()
     assert (tmp_path / "stops").read_text() == "stop\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EACCES, "No"),
+        sqlite3.DatabaseError("No"),
+        codebot.GitFailed("No"),
+        codebot.TransientError("No"),
+    ],
+    ids=repr,
+)
+def test_part_of_a_cleanup_that_fails_does_not_stop_the_rest(
+    caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    def part() -> None:
+        raise error
+
+    codebot.do_part(part)
+    assert f"Cleanup: {error}" in caplog.text
 
 
 def test_workspaces_are_removed_although_database_is_locked(
