@@ -5633,6 +5633,7 @@ def test_task_that_comes_while_another_is_in_the_queue_starts_soon(
     request = store_task(store).request
     app.jobs_due.set()
     codebot.queue_due_jobs(app)
+    assert not app.jobs_due.is_set()
     task = app.submit(request, codebot.Submission("the tests"))
     codebot.queue_due_jobs(app)  # the queue still has the first
     codebot.worker_step(app, "task")
@@ -10306,6 +10307,22 @@ def test_stopping_server_takes_no_work(fresh: Site) -> None:
     fresh.agent.release()
     assert fresh.server.wait_exit() == 0
     wait_for(lambda: not fresh.server.strays())
+
+
+@pytest.mark.parametrize("step", [codebot.clean_up, codebot.try_database])
+def test_thread_that_a_stop_wakes_up_does_nothing_more(
+    store: codebot.Store,
+    stop: threading.Event,
+    step: Callable[[codebot.Codebot], None],
+) -> None:
+    app = app_with(store)
+    left = Path(app.config.work_dir, "trash_1")
+    left.mkdir(parents=True)
+    app.cleanup_wanted.set()
+    stop.set()
+    with pytest.raises(codebot.StopRequested):
+        step(app)
+    assert left.exists()
 
 
 @pytest.mark.parametrize("step", ["branches", "fetch", "agent", "test", "commit"])
