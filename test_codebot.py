@@ -10616,13 +10616,19 @@ def test_unused_mirror_is_removed(fresh: Site) -> None:
     wait_for(lambda: not mirror.exists())
 
 
-def test_mirror_that_was_used_lately_is_kept(local: LocalTask) -> None:
+def test_mirror_that_was_used_lately_is_kept_and_packed(
+    local: LocalTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "MAX_PACKS", 1)
     codebot.clone(local.workspace)
     mirror = local.workspace.mirror.path
     os.utime(f"{mirror}.lock", (1, 1))  # as if it was made in 1970
+    local.site.repository.commit({"more": "More\n"})
     local.workspace.fetch("main", "clone_failed")
+    packs = Path(mirror, "objects", "pack")
+    assert len(list(packs.glob("*.pack"))) == 2
     codebot.maintain_mirror(local.run.codebot, mirror)
-    assert os.path.exists(mirror)
+    assert len(list(packs.glob("*.pack"))) == 1
 
 
 def test_fetched_objects_are_kept_as_a_pack(local: LocalTask) -> None:
