@@ -14177,6 +14177,17 @@ def test_issue_that_was_submitted_before_a_crash_becomes_no_second_task(
     assert len(sync.store.tasks("", 10, sys.maxsize)) == 1
 
 
+def test_poll_looks_at_issues_whose_label_may_be_gone(
+    sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit_issue(sync, monkeypatch)
+    # GitHub lists no labeled issue.
+    monkeypatch.setattr(sync.github, "repositories", list)
+    sync.looks.clear()
+    sync.poll(codebot.EVERYTHING)
+    assert list(sync.looks) == [codebot.Look("issue", 7, 1)]
+
+
 def test_removing_label_cancels_task_that_waits_in_the_queue(
     sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
