@@ -16361,6 +16361,12 @@ def test_status_of_failed_task_has_its_error_and_its_reason(shared: Site) -> Non
         assert status[name] is None
 
 
+def test_what_is_not_known_of_a_review_is_null(store: codebot.Store) -> None:
+    fields = codebot.describe_review(app_with(store), claim_review(store))
+    for name in ("kind", "answer", "commit", "error", "reason", "completed_at"):
+        assert fields[name] is None
+
+
 @pytest.mark.parametrize(
     ("method", "action"),
     [("GET", "status"), ("GET", "logs"), ("POST", "cancel"), ("POST", "retry")],
