@@ -15294,11 +15294,11 @@ def test_too_many_connections_close_the_longest_waiting(crowded_site: Site) -> N
         assert is_answering(waiting[-1])  # so all have been accepted
         waiting[0].sendall(b"GET /health HTTP/1.1\r\n")  # it keeps its place
         assert is_answering(waiting[1])  # it waits anew
-        waiting += [stack.enter_context(crowded_site.api.connect()) for _ in range(8)]
+        waiting += [stack.enter_context(crowded_site.api.connect()) for _ in range(22)]
         assert is_answering(waiting[-1])
-        # 28 and the stream: 5 have to go.
-        wait_for(lambda: all(is_closed(waiting[n]) for n in (0, 2, 3, 4, 5)))
-        alive = [waiting[1], *waiting[6:]]
+        # 42 and the stream: 19 have to go, the last of them after it was answered.
+        wait_for(lambda: all(is_closed(waiting[n]) for n in (0, *range(2, 20))))
+        alive = [waiting[1], *waiting[20:]]
         assert not any(is_closed(connection) for connection in alive)
         assert all(is_answering(connection) for connection in alive)
         # A connection that is being answered does not wait.
@@ -15403,6 +15403,26 @@ def test_client_waits_for_a_thread_if_host_allows_no_more(
         assert late.recv(12) == b"HTTP/1.1 404"
 
 
+def test_waiting_connection_makes_room_if_no_descriptor_is_left(tmp_path: Path) -> None:
+    config = codebot.Config(host="127.0.0.2", port=0, work_dir=str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(codebot.Server(codebot.Codebot(config)))
+        address = server.server_address
+        idle = stack.enter_context(socket.create_connection(address))
+        server.connections.add(stack.enter_context(server.get_request()[0]))
+        stack.enter_context(socket.create_connection(address))
+        with open(os.devnull) as file:
+            next_descriptor = file.fileno()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next_descriptor, hard))
+        try:
+            with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+                server.get_request()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert is_closed(idle)
+
+
 def has_ipv6() -> bool:
     try:
         with socket.socket(socket.AF_INET6) as probe:
@@ -15431,6 +15451,17 @@ def test_nobody_else_can_listen_at_localhost(tmp_path: Path) -> None:
         port = dataclasses.replace(app.config, port=place[1])
         with pytest.raises(codebot.ConfigError, match="Another program uses"):
             codebot.Server(codebot.Codebot(port))
+
+
+def test_connection_that_has_ended_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codebot, "MAX_CONNECTIONS", 2)
+    table = codebot.ConnectionTable()
+    with socket.socket() as idle, socket.socket() as ended, socket.socket() as new:
+        table.add(idle)
+        table.add(ended)
+        table.remove(ended)
+        table.add(new)
+        assert set(table._entries) == {idle, new}
 
 
 def test_majority_of_clients_that_does_not_read_is_dropped_first() -> None:
@@ -15517,14 +15548,33 @@ def test_connection_whose_body_is_being_handled_is_not_dropped(
 ) -> None:
     monkeypatch.setattr(codebot, "MAX_BUFFERED_BYTES", 10)
     table = codebot.ConnectionTable()
-    with socket.socket() as handled, socket.socket() as uploading:
-        for connection in (handled, uploading):
+    with socket.socket() as handled, socket.socket() as slow, socket.socket() as last:
+        for connection in (handled, slow, last):
             table.add(connection)
             table.enter(connection, "receiving")
         table.add_body_bytes(handled, 8)
         table.enter(handled, "handling")
-        table.add_body_bytes(uploading, 8)
-        assert set(table._entries) == {handled}
+        table.add_body_bytes(last, 8)
+        # Nor is one that has sent nothing of a body, and so frees no memory.
+        assert set(table._entries) == {handled, slow}
+
+
+def test_connection_is_not_late_while_its_request_is_handled(
+    store: codebot.Store,
+) -> None:
+    with codebot.Server(app_with(store, host="127.0.0.2", port=0)) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        table = server.connections
+        with socket.create_connection(server.server_address, timeout=10) as client:
+            with store._read_lock:  # the handler waits for it
+                client.sendall(raw_request("GET /health HTTP/1.0"))
+                wait_for(
+                    lambda: [e.state for e in table._entries.values()] == ["handling"]
+                )
+                table.drop_late(time.monotonic() + 60)
+            assert client.recv(9) == b"HTTP/1.1 "
+        wait_for(lambda: not table._entries)  # it has ended
+        server.shutdown()
 
 
 def begin_upload(site: Site) -> socket.socket:
