@@ -15018,6 +15018,14 @@ def test_request_hidden_behind_a_too_long_body_creates_no_task(shared: Site) -> 
     assert shared.repository.url not in listed_urls(shared)
 
 
+def test_end_of_what_a_client_sends_is_not_answered(shared_site: Site) -> None:
+    with shared_site.api.connect() as connection:
+        connection.sendall(GET_HEALTH)
+        connection.shutdown(socket.SHUT_WR)
+        [response] = parse_responses(read_until_closed(connection))
+    assert response.status == 200
+
+
 def test_truncated_body_is_never_processed(shared: Site) -> None:
     body = json.dumps(shared.api.fields()).encode()
     line = "POST /api/tasks/submit HTTP/1.1"
@@ -15062,6 +15070,10 @@ def test_client_that_sends_its_whole_body_still_gets_the_refusal(
     line = "POST /api/tasks/submit HTTP/1.1"
     [response] = send_to(shared_site, raw_request(line, body=b"x" * (8 * MIB)))
     assert response.status == 401
+    # The second request of a connection is refused before its headers have been read.
+    data = b"junk\r\n\r\n" + b"x" * (8 * MIB)
+    responses = send_to(shared_site, GET_HEALTH, data)
+    assert [response.status for response in responses] == [200, 400]
 
 
 # Expect: 100-continue
@@ -15070,7 +15082,7 @@ def test_client_that_sends_its_whole_body_still_gets_the_refusal(
 def test_client_that_expects_100_gets_it_before_it_sends_the_body(
     shared_site: Site,
 ) -> None:
-    headers = (KEY_HEADER, "Expect: 100-continue", "Content-Length: 2")
+    headers = (KEY_HEADER, "Expect: 100-Continue", "Content-Length: 2")
     with shared_site.api.connect() as connection:
         connection.sendall(raw_request("POST /api/tasks/submit HTTP/1.1", *headers))
         assert connection.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -15709,6 +15721,10 @@ def test_too_many_streams_get_503_until_a_reader_leaves(crowded_site: Site) -> N
                 assert third.status == 503
                 assert int(third.headers["Retry-After"]) > 0
                 assert "stream" in json.loads(third.read())["message"]
+            line = f"GET /api/tasks/{task}/logs HTTP/1.1"
+            data = raw_request(line, KEY_HEADER, "Accept: text/event-stream")
+            responses = send_to(crowded_site, data, GET_AND_CLOSE)
+            assert [response.status for response in responses] == [503, 200]
         wait_for(lambda: third_status() == 200, seconds=5)
 
 
