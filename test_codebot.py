@@ -15901,7 +15901,8 @@ def test_task_and_its_stream_work_over_tls(secure_site: Site) -> None:
 
 
 def test_answer_to_refused_body_is_not_cut_off_over_tls(secure_site: Site) -> None:
-    data = raw_request("POST /api/tasks/submit HTTP/1.1", body=b"x" * 200_000)
+    # More than the system stores: the client still sends when it has been refused.
+    data = raw_request("POST /api/tasks/submit HTTP/1.1", body=b"x" * (8 * MIB))
     with secure_site.api.connect() as plain:
         client = client_context(secure_site).wrap_socket(
             plain, server_hostname="localhost", suppress_ragged_eofs=False
@@ -15911,6 +15912,17 @@ def test_answer_to_refused_body_is_not_cut_off_over_tls(secure_site: Site) -> No
             # An end that TLS does not announce is an SSLEOFError.
             [response] = parse_responses(read_until_closed(client))
     assert response.status == 401
+
+
+def test_client_that_does_not_end_tls_keeps_no_thread(secure_site: Site) -> None:
+    with secure_site.api.connect() as plain:
+        client = client_context(secure_site).wrap_socket(
+            plain, server_hostname="localhost", suppress_ragged_eofs=False
+        )
+        with client:
+            client.sendall(GET_AND_CLOSE)
+            read_until_closed(client)  # the server has ended TLS on its side
+            wait_until_dropped(secure_site.server, client)
 
 
 def test_clients_that_never_shake_hands_delay_nobody_and_are_closed(
