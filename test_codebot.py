@@ -19128,6 +19128,35 @@ def test_openssl_is_needed_only_for_github(
     assert [m.partition(" cannot be run")[0] for m in failures] == missing
 
 
+@pytest.mark.parametrize(
+    ("version", "level"), [("1.1.0", "FAIL"), ("1.1.1", "ok"), ("1.10.0", "ok")]
+)
+def test_oldest_version_that_works_and_newer_ones_are_accepted(
+    version: str, level: str
+) -> None:
+    result = codebot.ProgramResult(0, f"OpenSSL {version}  1 Jan 2026", "")
+    finding = codebot.version_finding("openssl version", result, "1.1.1")
+    assert finding.level == level
+
+
+@pytest.mark.parametrize(
+    ("sandbox", "launcher", "is_missing"),
+    [
+        ("bwrap", (), True),
+        ("none", (), True),
+        ("podman", (), False),  # it is in the image
+        ("none", ("srun",), False),  # it is on the nodes
+    ],
+)
+def test_agent_must_be_on_this_host_if_it_runs_here(
+    sandbox: str, launcher: tuple[str, ...], is_missing: bool
+) -> None:
+    config = codebot.Config(
+        claude_command=("nowhere-claude",), sandbox=(sandbox,), launcher=launcher
+    )
+    assert codebot.is_agent_missing(codebot.Codebot(config)) == is_missing
+
+
 def test_bad_line_of_env_file_hides_only_what_seems_to_be_missing(fresh: Site) -> None:
     (fresh.server.start_dir / ".env").write_text("junk\n")
     done = fresh.server.run_forked(
@@ -19167,6 +19196,11 @@ def test_variable_for_the_agent_that_is_not_set_is_warned_of() -> None:
     assert messages == ["CODEBOT_AGENT_ENV names MISSING, which is not set."]
 
 
+def test_model_key_is_not_reported_as_missing() -> None:
+    config = codebot.Config(no_github=True, variables={"ANTHROPIC_API_KEY": MODEL_KEY})
+    assert list(codebot.check_settings(codebot.Codebot(config))) == []
+
+
 def test_codebot_that_is_the_first_process_of_its_container_warns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -19178,6 +19212,7 @@ def test_codebot_that_is_the_first_process_of_its_container_warns(
 
 WARNINGS = {
     "Unknown setting CODEBOT_APIKEYS; did you mean CODEBOT_API_KEYS?",
+    "Unknown setting GITHUB_APP_IDS; did you mean GITHUB_APP_ID?",
     "Unknown setting GITHUB_WEBHOOK_SECRETS; did you mean GITHUB_WEBHOOK_SECRET?",
     "Unknown setting GITHUB_ENTERPRISE_URI; did you mean GITHUB_ENTERPRISE_URL?",
     "Unknown setting CODEBOT_PORT",  # there is no similar one
@@ -19203,6 +19238,7 @@ def test_warnings_are_logged_by_serve_and_listed_by_check(fresh: Site) -> None:
         "CODEBOT_API_KEYS": f"{API_KEY}-which-is-long-enough, short",
         "GITHUB_WEBHOOK_SECRET": None,
         "ANTHROPIC_API_KEY": None,
+        "GITHUB_APP_IDS": "x",
         "GITHUB_WEBHOOK_SECRETS": "x",
         "GITHUB_ENTERPRISE_URI": "x",
         "CODEBOT_PORT": "8080",
@@ -19474,6 +19510,24 @@ def test_server_warns_if_clients_may_name_any_host(
     app = codebot.Codebot(config)
     messages = [message for _, message in codebot.check_server(app)]
     assert any("every host" in message for message in messages) == is_warned
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"host": "localhost"},
+        {"host": "0.0.0.0", "tls_cert": "cert.pem", "tls_key": "app.pem"},
+        {"webhook_secret": "", "enable_polling": True},
+    ],
+    ids=["not reachable from outside", "encrypted", "polling"],
+)
+def test_server_does_not_warn_without_a_reason(
+    shared: Site, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(shared.server.key_file.parent)
+    settings = {"port": 0, "webhook_secret": "x" * 20, **settings}
+    findings = codebot.check_server(codebot.Codebot(codebot.Config(**settings)))
+    assert [message for level, message in findings if level != "ok"] == []
 
 
 def test_start_prints_the_sandbox_without_its_secrets(
@@ -19785,6 +19839,24 @@ def test_check_refuses_an_agent_that_is_too_old(fresh: Site) -> None:
     assert done.returncode == 1
     problem = f"FAIL  {fresh.agent.path} is 2.0.62. Install 2.0.64 or newer.\n"
     assert problem in done.stdout
+
+
+def test_check_goes_on_if_no_node_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "PROBE_TIMEOUT", 0.05)
+    config = codebot.Config(
+        no_github=True,
+        work_dir=str(tmp_path),
+        sandbox=("none",),
+        launcher=("sh", "-c", "exec sleep 60"),  # it waits for a node
+        launcher_stop=("true",),
+        search_path=os.environ["PATH"],
+    )
+    app = codebot.Codebot(config)
+    [finding] = codebot.check_sandbox(app, "claude", "--version")
+    assert finding.level == "warn"
+    assert "was not tested: the launcher got no free node." in finding.message
 
 
 def test_check_refuses_old_sqlite(monkeypatch: pytest.MonkeyPatch) -> None:
