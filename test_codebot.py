@@ -10224,6 +10224,9 @@ def test_stopped_in_any_step_task_has_one_pull_request(fresh: Site) -> None:
     blocked = BlockedTasks(fresh, steps)
     fresh.agent.follow(SAY_HELLO)
     fresh.server.stop()
+    with fresh.server.database() as db:  # one that is running would count as a crash
+        states = db.execute("SELECT DISTINCT status FROM jobs").fetchall()
+    assert ("running",) not in states
     blocked.release()
     fresh.server.start("--workers", "4")
     blocked.check_results()
@@ -19387,22 +19390,34 @@ def test_unwritable_work_directory_is_refused(fresh: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "script", "settings"),
+    ("command", "number", "program", "script", "settings"),
     [
-        ("openssl", '[ "$1" != version ] || exec echo OpenSSL 3.0.0', {}),
-        ("box", "", {"CODEBOT_SANDBOX": "box"}),
+        (
+            "serve",
+            signal.SIGTERM,
+            "openssl",
+            '[ "$1" != version ] || exec echo OpenSSL 3.0.0',
+            {},
+        ),
+        ("serve", signal.SIGTERM, "box", "", {"CODEBOT_SANDBOX": "box"}),
+        ("check", signal.SIGINT, "box", "", {"CODEBOT_SANDBOX": "box"}),
     ],
-    ids=["App's key", "sandbox"],
+    ids=["App's key", "sandbox", "check"],
 )
 def test_signal_while_key_or_sandbox_is_tested_ends_the_start(
-    fresh: Site, program: str, script: str, settings: dict[str, str]
+    fresh: Site,
+    command: str,
+    number: int,
+    program: str,
+    script: str,
+    settings: dict[str, str],
 ) -> None:
     hang = 'touch "$0.started"; exec sleep 30'
     path = write_script(fresh.directory / "bin" / program, f"{script}\n{hang}")
     settings = {"PATH": f"{path.parent}:{os.environ['PATH']}", **settings}
-    command = BackgroundCommand(fresh, "serve", *serve_flags(fresh), **settings)
+    process = BackgroundCommand(fresh, command, *serve_flags(fresh), **settings)
     wait_for(path.with_suffix(".started").exists)
-    assert command.end(signal.SIGTERM) == 130
+    assert process.end(number) == 130
 
 
 def test_database_of_another_codebot_is_refused(fresh: Site) -> None:
@@ -19581,7 +19596,8 @@ def test_hangup_stops_server_in_order(fresh: Site) -> None:
         fresh.server.signal(signal.SIGHUP)
         fresh.server.wait_for_log("Stopping")
     assert fresh.server.wait_exit() == 0
-    assert f"{task}: running -> pending" in fresh.server.log()
+    # The worker has ended its job by itself: the server waits for that.
+    assert f" task-0 INFO Job {task}: running -> pending" in fresh.server.log()
 
 
 def test_signals_that_the_parent_blocks_stop_the_server(fresh: Site) -> None:
@@ -19626,6 +19642,23 @@ def test_signal_that_interrupts_a_wait_for_the_stop_is_not_lost() -> None:
     run_code(SIGNAL_DURING_WAIT)
 
 
+SIGNAL_WITHOUT_THREADS = """
+import threading
+codebot.stop_on_signals()
+threading.stack_size(1 << 46)  # so large that no thread can start
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    codebot.STOP.wait(10)
+except codebot.StopRequested:
+    sys.exit()
+sys.exit("The signal was lost")
+"""
+
+
+def test_signal_on_a_host_that_allows_no_more_threads_is_not_lost() -> None:
+    run_code(SIGNAL_WITHOUT_THREADS)
+
+
 def watchdog_of(server: ServerProcess) -> int:
     """Return the process that the server forked and that is still there."""
     assert server.process is not None
@@ -19642,6 +19675,10 @@ def test_watchdog_survives_signals_and_ends_what_is_left(fresh: Site) -> None:
     # To the server, this would be the second signal, which ends it at once.
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(watchdog, number)
+    status = Path(f"/proc/{watchdog}/status").read_text()
+    [ignored] = re.findall(r"^SigIgn:\s+(\w+)$", status, re.MULTILINE)
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        assert int(ignored, 16) & (1 << (number - 1))
     assert os.getsid(watchdog) == watchdog  # a terminal reaches it with no other one
     fresh.server.kill()
     wait_for(lambda: not fresh.server.strays())
@@ -19724,6 +19761,24 @@ def test_files_of_server_are_readable_by_nobody_else(shared: Site) -> None:
             modes[path] = path.stat().st_mode
     assert len(modes) > 4
     assert [path for path, mode in modes.items() if mode & 0o077] == []
+
+
+@pytest.mark.parametrize(
+    ("debug", "is_changed", "is_restarted"),
+    [(True, True, True), (True, False, False), (False, True, False)],
+)
+def test_server_restarts_only_with_debug_and_after_a_change(
+    stop: threading.Event,
+    monkeypatch: pytest.MonkeyPatch,
+    debug: bool,
+    is_changed: bool,
+    is_restarted: bool,
+) -> None:
+    config = codebot.Config(debug=debug)
+    times = [0.0] if is_changed else codebot.file_times(config)
+    waits = iter([False, True])  # codebot is stopped after one look at the files
+    monkeypatch.setattr(stop, "wait", lambda seconds: next(waits))
+    assert codebot.wait_for_change(config, times) == is_restarted
 
 
 def test_debug_server_restarts_when_env_file_changes(fresh: Site) -> None:
