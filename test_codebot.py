@@ -20235,6 +20235,28 @@ def test_run_refuses_task_that_is_not_utf_8(shared: Site) -> None:
     assert done.stderr.startswith(f"codebot: --task {file} is not JSON in UTF-8 (")
 
 
+READ_TASK = """
+try:
+    codebot.read_task_file("-")
+except codebot.ConfigError:
+    pass  # it is empty
+os.fstat(0)
+"""
+
+
+def test_standard_input_stays_open_after_the_task_was_read() -> None:
+    # Otherwise the pipe at which the watchdog waits would get its number.
+    run_code(READ_TASK)
+
+
+def test_workers_stop_when_the_task_of_run_has_ended(
+    store: codebot.Store, stop: threading.Event
+) -> None:
+    with codebot.running_workers(app_with(store)):
+        assert not stop.is_set()
+    assert stop.is_set()
+
+
 def test_interrupted_run_ends_cleanly(fresh: Site) -> None:
     fresh.agent.follow("block")
     limits = {"KILL_GRACE": 0.5}
@@ -20370,10 +20392,12 @@ Done\. Next: .*
 
 
 def test_demo_keeps_server_until_it_is_interrupted(on_disk: Site) -> None:
-    command = BackgroundCommand(on_disk, "demo", "--keep")
+    path = write_bwrap(on_disk, "echo not here >&2; exit 1")  # it needs no sandbox
+    command = BackgroundCommand(on_disk, "demo", "--keep", PATH=path)
     wait_for(lambda: "Ctrl-C" in command.stdout.read_text())
     text = command.stdout.read_text()
     [port] = re.findall(r"Server: +http://localhost:(\d+)/", text)
+    assert int(port) != codebot.Config().port  # a server may be running there
     [key] = re.findall(r"API key: +([0-9a-f]{32})\n", text)
     address = ("127.0.0.1", int(port))
     assert send_request(address, "GET", "/").status == 200
@@ -20436,6 +20460,22 @@ def test_demo_works_with_the_defaults_of_git_3(on_disk: Site) -> None:
     assert '+print("Hello from codebot")' in done.stdout
 
 
+def test_demo_whose_task_fails_says_why(
+    store: codebot.Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = app_with(store, port=0, api_keys=(API_KEY,))
+    with codebot.Server(app) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            demo = pool.submit(codebot.show_demo, app, server.server_port, "/hello.git")
+            wait_for(lambda: store.count_pending("task"))
+            [task] = store.tasks("", 10, sys.maxsize)
+            app.cancel(str(task["task_id"]))
+            assert demo.result(10) == 1
+        server.shutdown()
+    assert capsys.readouterr().out.endswith("\n\nThe task was cancelled\n")
+
+
 def test_demo_needs_git(on_disk: Site) -> None:
     done = on_disk.server.run_forked("demo", PATH="/nonexistent")
     assert done.returncode == 2
@@ -20450,6 +20490,22 @@ def test_demo_on_a_host_without_memory_ends_with_one_line(on_disk: Site) -> None
     assert done.returncode == 1
     assert re.fullmatch("codebot: System error on this host: .+\n", done.stderr)
     assert error in done.stderr
+
+
+CRASH_WITH_A_WAITING_THREAD = """
+import threading
+threading.Thread(target=threading.Event().wait).start()
+sys.excepthook = codebot.end_with_traceback
+raise RuntimeError("a defect")
+"""
+
+
+def test_unexpected_error_is_shown_and_ends_codebot_although_a_thread_waits() -> None:
+    program = forking_program()
+    code = CRASH_WITH_A_WAITING_THREAD
+    done = program.run(Path("/"), GIT_ENVIRONMENT, [], "", code)
+    assert done.returncode == 1
+    assert done.stderr.endswith("RuntimeError: a defect\n")
 
 
 def test_version_is_printed(fresh: Site) -> None:
@@ -20477,5 +20533,8 @@ def test_help_describes_commands_and_flags(fresh: Site) -> None:
         "--tls-key",
     ):
         assert re.search(rf"^  {flag}\b.*\s+[a-z]", done.stdout, re.MULTILINE)
+    # No other setting has a flag: others can read a secret in a command line.
+    assert len(re.findall(r"^  --", done.stdout, re.MULTILINE)) == 10
     done = fresh.server.run_forked("run", "--help")
+    assert "--port" not in done.stdout
     assert "needs a repository URL and a description" in " ".join(done.stdout.split())
