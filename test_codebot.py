@@ -5505,7 +5505,7 @@ def test_review_that_a_stop_has_requeued_does_not_absorb_itself(
     assert [comment.id for comment in store.stored_comments(review.id)] == [1]
 
 
-def test_review_that_joins_a_running_one_is_named_in_the_log(
+def test_review_that_joins_a_running_one_is_deleted_and_named_in_the_log(
     store: codebot.Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     review = claim_review(store)
@@ -5516,6 +5516,18 @@ def test_review_that_joins_a_running_one_is_named_in_the_log(
     caplog.set_level(logging.INFO)
     store.absorb_waiting_reviews(review)
     assert caplog.messages == [f"Job {waiting}: its comments join job {review.id}"]
+    assert [comment.id for comment in store.stored_comments(review.id)] == [1, 2]
+    assert [other.id for other in store.reviews(review.task_id)] == [review.id]
+
+
+def test_comments_are_stored_together_or_not_at_all(store: codebot.Store) -> None:
+    task = store_pull_request(store, store_task_in_state(store, "completed"))
+    comment = make_comment(1, "alice")
+    refused = dataclasses.replace(make_comment(2, "alice"), place="nowhere")
+    with pytest.raises(sqlite3.IntegrityError):
+        store.queue_comments(task.id, [comment, refused])
+    assert store.reviews(task.id) == []
+    assert store.queue_comments(task.id, [comment])
 
 
 def test_own_comment_of_codebot_is_not_queued(store: codebot.Store) -> None:
