@@ -6006,6 +6006,19 @@ def test_job_that_was_cancelled_before_its_steps_begin_does_not_begin(
     assert codebot.run_steps(run).reason == "cancelled"
 
 
+def test_phase_and_attempt_are_shown_and_a_cancelled_run_begins_no_other(
+    store: codebot.Store,
+) -> None:
+    run = task_run(store)
+    run.set_phase("test", attempt=2)
+    run.is_cancelled = True
+    with pytest.raises(codebot.Cancelled):
+        run.set_phase("commit")
+    shown = codebot.describe_task(run.codebot, stored_job(store, run.job))
+    assert shown["phase"] == "test"
+    assert shown["attempt"] == 2
+
+
 @pytest.mark.parametrize("status", ["failed", "pending"])
 def test_cancelled_run_fails_as_cancelled_however_its_steps_end(
     store: codebot.Store, status: str
