@@ -6503,8 +6503,10 @@ def test_corrupt_database_is_unhealthy_logged_and_never_500(fresh: Site) -> None
 
 # Retention
 
+RETENTION = 3600.0  # seconds
 
-def age_task(store: codebot.Store, task: codebot.Job) -> None:
+
+def age_task(store: codebot.Store, task: codebot.Job, then: str = LONG_AGO) -> None:
     with other_program(store) as db:
         db.execute(
             """
@@ -6514,13 +6516,12 @@ def age_task(store: codebot.Store, task: codebot.Job) -> None:
                 completed_at = CASE WHEN completed_at IS NOT NULL THEN :then END
             WHERE id = :id
             """,
-            {"then": LONG_AGO, "id": task.id},
+            {"then": then, "id": task.id},
         )
 
 
 def delete_expired(store: codebot.Store) -> None:
-    """Delete what is older than a minute."""
-    store.delete_expired(60)
+    store.delete_expired(RETENTION)
 
 
 EVERYTHING = {"row", "log", "workspace"}
@@ -6531,13 +6532,13 @@ EVERYTHING = {"row", "log", "workspace"}
     [
         ("pending", "long ago", "", EVERYTHING),
         ("running", "long ago", "", EVERYTHING),
-        ("failed", "just now", "", EVERYTHING),
+        ("failed", "recently", "", EVERYTHING),
         ("failed", "long ago", "", set()),
         ("completed", "long ago", "", set()),
-        ("completed", "just now", "open", EVERYTHING),
-        ("completed", "just now", "merged just now", {"row", "log"}),
+        ("completed", "recently", "open", EVERYTHING),
+        ("completed", "recently", "merged recently", {"row", "log"}),
         ("completed", "long ago", "open", {"row"}),
-        ("completed", "long ago", "closed just now", {"row"}),
+        ("completed", "long ago", "closed recently", {"row"}),
         ("completed", "long ago", "closed long ago", set()),
         ("completed", "long ago", "merged long ago", set()),
     ],
@@ -6552,12 +6553,13 @@ def test_retention_keeps_row_log_and_workspace(
     if pull_state:
         store_pull_request(store, task)
         store.save_pull_request_state(task.id, pull_state)
-    if since == "long ago":
-        age_task(store, task)
-    if closed == "long ago":
+    half_as_long = codebot.utc_time(seconds_ago=RETENTION / 2)
+    times = {"recently": half_as_long, "long ago": LONG_AGO}
+    age_task(store, task, times[since])
+    if closed:
         with other_program(store) as db:
-            db.execute("UPDATE jobs SET pr_closed_at = ?", (LONG_AGO,))
-    directories = store.retained_directories(60)
+            db.execute("UPDATE jobs SET pr_closed_at = ?", (times[closed],))
+    directories = store.retained_directories(RETENTION)
     delete_expired(store)
     assert ("workspace" in retained) == ("task_1" in directories)
     assert ("row" in retained) == (store.job(task.id) is not None)
@@ -6577,7 +6579,7 @@ def test_expired_task_keeps_its_log_and_workspace_while_it_is_reviewed(
         if review_state != "running":
             store.finish(running, 1.5, "completed")
     age_task(store, task)
-    assert "task_1" in store.retained_directories(60)
+    assert "task_1" in store.retained_directories(RETENTION)
     delete_expired(store)
     assert store.job(task.id) is not None
     assert store.events(task.id, 0)
