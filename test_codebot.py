@@ -6694,6 +6694,8 @@ def test_settings_and_limits_become_options_of_the_agent(store: codebot.Store) -
     assert agent.option("--session-id") == run.job.id
     assert agent.option("--max-turns") == "9"
     assert float(agent.option("--max-budget-usd") or 0) == 2.5
+    assert agent.option("--output-format") == "stream-json"
+    assert agent.option("--permission-mode") == "bypassPermissions"
     assert agent.option("--setting-sources") == ""
     assert "--strict-mcp-config" in agent.argv
     assert agent.argv[-2:] == ["--model", "my model"]
