@@ -7389,6 +7389,25 @@ def test_run_of_agent_that_goes_wrong_fails_its_task(
     assert message in str(failed.value)
 
 
+@pytest.mark.parametrize(
+    ("result", "reason", "words"),
+    [
+        ({"errors": ["It broke"]}, "agent_failed", "(exit code 1): It broke"),
+        ({"api_error_status": 401, "result": "No"}, "agent_login", "(the agent: No)"),
+        ({"api_error_status": 403, "result": "No"}, "agent_login", "(the agent: No)"),
+        ({"api_error_status": 500, "result": "No"}, "agent_failed", "No"),
+    ],
+)
+def test_failed_result_becomes_a_reason_and_an_error(
+    store: codebot.Store, result: dict[str, Any], reason: str, words: str
+) -> None:
+    agent_run = codebot.AgentRun(task_run(store))
+    agent_run.result = {"type": "result", "is_error": True, **result}
+    failure = agent_run.failure(codebot.ProgramResult(1, "", ""))
+    assert failure.reason == reason
+    assert str(failure).endswith(words)
+
+
 PLAN_OF_BAD_TREE = (
     "printf '[submodule \"../x\"]\\n\\tpath = a\\n\\turl = b\\n' >.gitmodules; result"
 )
