@@ -7655,12 +7655,20 @@ def test_missing_agent_program_fails_task(local: LocalTask) -> None:
     assert missing in local.failure(SAY_HELLO, "agent_failed")
 
 
+# The object of a file is a pipe to which nobody writes: git upload-pack waits forever.
+HANG_UPLOAD_PACK = """
+echo hello >hello.txt; git add -A; git commit -q -m x
+id=$(git rev-parse HEAD:hello.txt); rest=${id#??}; file=.git/objects/${id%"$rest"}/$rest
+rm -f "$file"; mkfifo "$file"; result
+"""
+
+
 def test_agents_tests_and_git_that_hang_are_ended_and_others_are_not(
     fresh: Site,
 ) -> None:
     fresh.server.start(
         "--workers",
-        "5",
+        "6",
         limits={"KILL_GRACE": 0.2, "MIN_GIT_TIMEOUT": 1.0},
         CODEBOT_TASK_TIMEOUT="4",  # for the agent, git and the tests together
         CODEBOT_STALL_TIMEOUT="2",
@@ -7668,8 +7676,8 @@ def test_agents_tests_and_git_that_hang_are_ended_and_others_are_not(
     hang = "trap '' TERM; setsid sleep 300 & while :; do sleep 0.5; echo COMMAND; done"
     silent = hang.replace("echo COMMAND", ":")
     talking = hang.replace("COMMAND", "hm")
-    silent_agent, talking_agent, good, slow_git = fresh.api.submit_each(
-        [silent, talking, SAY_HELLO, plan_with_filter(silent)]
+    silent_agent, talking_agent, good, slow_git, slow_fetch = fresh.api.submit_each(
+        [silent, talking, SAY_HELLO, plan_with_filter(silent), HANG_UPLOAD_PACK]
     )
     silent_test = fresh.api.submit(test_command=silent)
     fresh.api.completed(good)
@@ -7679,6 +7687,7 @@ def test_agents_tests_and_git_that_hang_are_ended_and_others_are_not(
     error = fresh.api.failed(talking_agent, "timeout")
     assert error == "Timed out after 4 s (CODEBOT_TASK_TIMEOUT) in the phase agent"
     fresh.api.failed(slow_git, "timeout")
+    fresh.api.failed(slow_fetch, "timeout")
     error = fresh.api.failed(silent_test, "stalled")
     assert error == "No output for 2 s (CODEBOT_STALL_TIMEOUT) in the phase test"
     [review] = fresh.api.reviews(good, 1)
@@ -17778,12 +17787,6 @@ def test_two_tasks_run_at_once_on_slurm(on_slurm: SlurmSite) -> None:
         site.api.completed(task)
 
 
-# The object of a file is a pipe to which nobody writes: git upload-pack waits forever.
-HANG_UPLOAD_PACK = """
-echo hello >hello.txt; git add -A; git commit -q -m x
-id=$(git rev-parse HEAD:hello.txt); rest=${id#??}; file=.git/objects/${id%"$rest"}/$rest
-rm -f "$file"; mkfifo "$file"; result
-"""
 CANCELLED_PHASES = {
     "clone": "",
     "queued": "",
