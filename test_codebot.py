@@ -7740,7 +7740,8 @@ def test_secret_with_a_quote_is_redacted_in_an_error(local: LocalTask) -> None:
 def test_events_keep_line_breaks_and_long_ones_are_truncated(local: LocalTask) -> None:
     call = {"type": "tool_use", "name": "Bash", "input": {"command": "ls -l"}}
     other = {"type": "tool_use", "name": "TaskList", "input": {"a": ["ü", None]}}
-    inputs = {"replace_all": False, "file_path": "a.py", "old_string": "x"}
+    texts = {"file_path": "a.py", "old_string": "x", "new_string": "y"}
+    inputs = {"replace_all": False, **texts}
     edit = {"type": "tool_use", "name": "Edit", "input": inputs}
     good = {"type": "tool_result", "content": "total 0\nhello.txt"}
     bad = {"type": "tool_result", "is_error": True, "content": "no such file"}
@@ -7764,7 +7765,8 @@ def test_events_keep_line_breaks_and_long_ones_are_truncated(local: LocalTask) -
     assert "output: total 0\nhello.txt" in messages
     assert "error: no such file" in messages
     assert "tool: TaskList: ['ü', None]" in messages
-    assert "tool: Edit: a.py\nold_string: x\nreplace_all: False" in messages
+    others = "old_string: x\nnew_string: y\nreplace_all: False"
+    assert f"tool: Edit: a.py\n{others}" in messages
     [long] = [m for m in messages if m.startswith("agent: xxx")]
     assert long.count("x") == 4000
     assert long.endswith("… (truncated)")
