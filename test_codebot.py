@@ -7795,6 +7795,18 @@ def test_secret_that_is_cut_in_two_is_not_logged(
     assert truncated.message == "y" * codebot.MAX_EVENT_CHARS + " … (truncated)"
 
 
+@pytest.mark.parametrize("source", ["agent", "tool", "output", "error", "test"])
+def test_flood_of_events_is_limited_but_codebots_own_are_kept(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setattr(codebot, "MAX_OUTPUT_EVENTS", 2)
+    run = task_run(store)
+    run.log_event(source, "1", "2", "3")
+    run.log_event("codebot", "4")
+    messages = [event.message for event in store.events(run.job.id, after=0)]
+    assert messages == ["1", "(further output omitted)", "4"]
+
+
 def test_events_of_agent_are_limited(
     local: LocalTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -7913,6 +7925,13 @@ def test_output_of_a_tool_becomes_an_event(
         block = {"type": "tool_result", "content": content, "is_error": is_error}
         agent_run.read_block("user", block)
     assert agent_run.entries == [("output", text), ("error", text)]
+
+
+def test_only_words_of_the_agent_become_an_event(store: codebot.Store) -> None:
+    agent_run = codebot.AgentRun(review_run(store))
+    agent_run.read_block("user", {"type": "text", "text": "[Request interrupted]"})
+    agent_run.read_block("assistant", {"type": "text", "text": "Hello"})
+    assert agent_run.entries == [("agent", "Hello")]
 
 
 # --- The test command --------------------------------------------------------
