@@ -8306,7 +8306,8 @@ def test_first_fault_of_a_change_is_reported() -> None:
     secret = "a-key-of-20-letters."
     codebot.redact.add([secret])
     scanner = codebot.DiffScanner()
-    lines = ["diff --git a/one b/one", f"+{secret}"]
+    lines = ["diff --git a/clean b/clean", "+x"]
+    lines += ["diff --git a/one b/one", f"+{secret}"]
     lines += ["diff --git a/two b/two", "new file mode 160000"]
     with pytest.raises(codebot.JobFailed, match="it contains a secret in one$"):
         scanner.read(lines)
@@ -8367,9 +8368,12 @@ def test_commit_that_another_task_has_pushed_is_used(
 
 def test_change_beside_secret_like_text_is_committed(local: LocalTask) -> None:
     armor = "-----BEGIN RSA PRIVATE KEY-----"
-    local.site.repository.commit({"old.ini": f"key = {MODEL_KEY}\n"})
-    local.commit(f"echo more >>old.ini; echo '{armor}' >fixture.pem; result Done")
+    leak = f"key = {MODEL_KEY}\n"
+    local.site.repository.commit({"old.ini": leak, "mended.ini": leak})
+    plan = f"echo more >>old.ini; echo '{armor}' >fixture.pem; echo >mended.ini"
+    local.commit(f"{plan}; result Done")
     assert local.show("fixture.pem") == armor
+    assert local.show("mended.ini") == ""
 
 
 def test_agent_commits_and_merges_become_one_commit(local: LocalTask) -> None:
