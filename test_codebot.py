@@ -8639,6 +8639,7 @@ def test_text_of_invisible_characters_is_not_quoted() -> None:
     ("ticket", "description", "title"),
     [
         ("", "\ufeff\nFix it", "Task"),
+        ("", "\n \nFix it", "Fix it"),
         ("F-1", "\u200b", "F-1: Task"),
         ("\u200b", "x", "x"),
     ],
