@@ -10523,6 +10523,17 @@ def test_thread_logs_a_database_error_in_one_line_and_tries_again(
     assert [record.exc_info for record in caplog.records] == [None] * 2
 
 
+def test_stop_ends_the_wait_for_a_database(stop: threading.Event) -> None:
+    errors = [sqlite3.OperationalError("disk I/O error")]
+
+    def write() -> None:
+        stop.set()
+        raise errors.pop()
+
+    with pytest.raises(codebot.StopRequested):
+        codebot.until_database_works(write)
+
+
 def test_result_that_a_full_disk_has_lost_is_no_failure(
     store: codebot.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
