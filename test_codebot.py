@@ -17412,6 +17412,21 @@ def test_stop_whose_setting_was_removed_keeps_the_record(
     )
 
 
+@pytest.mark.parametrize("step", ["checkout", "test"])
+def test_nothing_is_done_in_a_workspace_in_which_an_earlier_launch_may_run(
+    fresh: Site, step: str
+) -> None:
+    options = {"launcher": ("false",), "launcher_stop": ("false",)}
+    workspace = LocalTask(fresh, **options).workspace
+    add_launch_record(workspace.config, Path(workspace.path).name)
+    command = codebot.SandboxedCommand("the tests", ["true"])
+    with pytest.raises(codebot.TransientError, match="an earlier run left on a node"):
+        if step == "checkout":
+            workspace.check_out("main", "HEAD")
+        else:
+            workspace.run_work(command, "test", attempt=1)
+
+
 @pytest.mark.parametrize("launcher", ["nosuch-srun", "/etc/passwd"])
 def test_launcher_that_cannot_be_started_leaves_no_record(
     tmp_path: Path, launcher: str
