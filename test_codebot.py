@@ -4523,6 +4523,7 @@ PROBES = {
     "write keys": Probe("touch KEYS/planted; true", ""),
     "write work directory": Probe("touch WORK/planted; true", ""),
     "write own directories": Probe("touch x $HOME/x /tmp/x && echo fine", "fine"),
+    "make temporary file": Probe("mktemp", r"/tmp/tmp\..*"),
     "unmount cover": Probe("umount START"),
     "remount writable": Probe("mount -o remount,rw /"),
     "new user namespace": Probe("unshare --user true"),
