@@ -7393,7 +7393,7 @@ def test_run_of_agent_that_goes_wrong_fails_its_task(
 @pytest.mark.parametrize(
     ("result", "reason", "words"),
     [
-        ({"errors": ["It broke"]}, "agent_failed", "(exit code 1): It broke"),
+        ({"errors": ["It broke"]}, "agent_failed", "failed (exit code -9): It broke"),
         ({"api_error_status": 401, "result": "No"}, "agent_login", "(the agent: No)"),
         ({"api_error_status": 403, "result": "No"}, "agent_login", "(the agent: No)"),
         ({"api_error_status": 500, "result": "No"}, "agent_failed", "No"),
@@ -7404,7 +7404,8 @@ def test_failed_result_becomes_a_reason_and_an_error(
 ) -> None:
     agent_run = codebot.AgentRun(task_run(store))
     agent_run.result = {"type": "result", "is_error": True, **result}
-    failure = agent_run.failure(codebot.ProgramResult(1, "", ""))
+    # codebot kills an agent that does not end after its result.
+    failure = agent_run.failure(codebot.ProgramResult(-9, "", ""))
     assert failure.reason == reason
     assert str(failure).endswith(words)
 
