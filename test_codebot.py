@@ -7933,6 +7933,26 @@ def test_output_of_a_tool_becomes_an_event(
     assert agent_run.entries == [("output", text), ("error", text)]
 
 
+def test_each_line_of_the_agent_is_logged_once(store: codebot.Store) -> None:
+    agent_run = codebot.AgentRun(task_run(store))
+    retry = {"type": "system", "subtype": "api_retry", "error": "overloaded"}
+    for line in ("Warning: no event", json.dumps(retry), '{"type":"other"}'):
+        agent_run.read([line])
+    run = agent_run.run
+    messages = [event.message for event in store.events(run.job.id, after=0)]
+    assert messages == ["Warning: no event", "The model's API failed: overloaded"]
+
+
+def test_report_without_words_replaces_the_summary_of_an_earlier_run(
+    store: codebot.Store,
+) -> None:
+    agent_run = codebot.AgentRun(task_run(store))
+    agent_run.run.update(summary="Wrote hello.txt.")
+    agent_run.result = {"type": "result", "subtype": "error_max_turns"}
+    agent_run.store_report(attempt=1)
+    assert stored_job(store, agent_run.run.job).summary == ""
+
+
 def test_only_words_of_the_agent_become_an_event(store: codebot.Store) -> None:
     agent_run = codebot.AgentRun(review_run(store))
     agent_run.read_block("user", {"type": "text", "text": "[Request interrupted]"})
