@@ -7703,6 +7703,14 @@ def test_agents_tests_and_git_that_hang_are_ended_and_others_are_not(
     assert [stray for stray in fresh.server.strays() if "sleep" in stray] == []
 
 
+def test_attempts_share_the_time_of_their_task(store: codebot.Store) -> None:
+    run = task_run(store)
+    run.time_left()
+    deadline = run.deadline
+    run.time_left()
+    assert run.deadline == deadline
+
+
 def test_program_has_a_session_of_its_own_and_thus_no_terminal() -> None:
     script = "cut -d ' ' -f 6 /proc/$$/stat"  # the session
     result = codebot.run_program(["sh", "-c", script], {"PATH": os.defpath})
