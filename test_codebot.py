@@ -7945,7 +7945,7 @@ def test_each_line_of_the_agent_is_logged_once(store: codebot.Store) -> None:
     agent_run = codebot.AgentRun(task_run(store))
     retry = {"type": "system", "subtype": "api_retry", "error": "overloaded"}
     for line in ("Warning: no event", json.dumps(retry), '{"type":"other"}'):
-        agent_run.read([line])
+        assert not agent_run.read([line])  # none of them ends the run
     run = agent_run.run
     messages = [event.message for event in store.events(run.job.id, after=0)]
     assert messages == ["Warning: no event", "The model's API failed: overloaded"]
