@@ -11682,6 +11682,7 @@ def test_agent_can_only_read_for_classification_and_question(pull: Pull) -> None
     [classification] = pull.site.agent.runs("classify")
     [question] = pull.site.agent.runs("question")
     assert classification.option("--tools") == ""
+    assert pull.task not in classification.argv  # it is not in the task's session
     assert question.option("--tools") == "Read,Glob,Grep"
     assert question.option("--resume") == pull.task
     assert classification.option("--max-turns") == "4"
