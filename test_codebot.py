@@ -3180,13 +3180,17 @@ def test_network_settings_are_set_in_the_environment_unless_they_are_empty(
 ) -> None:
     for name in codebot.NETWORK_NAMES:
         monkeypatch.setenv(name, "")
-    monkeypatch.delenv("HTTPS_PROXY")
+    for name in ("HTTPS_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / ".env").write_text("HTTPS_PROXY=http://proxy\nSSL_CERT_FILE=\n")
+    (tmp_path / ".env").write_text(
+        "HTTPS_PROXY=http://proxy\nNO_PROXY=ghe\nSSL_CERT_FILE=\n"
+    )
     codebot.read_config({"umask": 0o077}, is_server=False)
     names = [name for name in codebot.NETWORK_NAMES if name in os.environ]
-    assert names == ["HTTPS_PROXY"]
+    assert names == ["HTTPS_PROXY", "NO_PROXY"]
     assert os.environ["HTTPS_PROXY"] == "http://proxy"
+    assert os.environ["NO_PROXY"] == "ghe"
 
 
 # --- Settings: redaction -----------------------------------------------------
