@@ -3193,6 +3193,15 @@ def test_network_settings_are_set_in_the_environment_unless_they_are_empty(
     assert os.environ["NO_PROXY"] == "ghe"
 
 
+def test_default_work_directory_is_an_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The sandbox compares it with the paths of what it hides and shows.
+    monkeypatch.chdir(tmp_path)
+    config, _ = codebot.read_config({"umask": 0o077}, is_server=False)
+    assert config.work_dir == os.path.realpath(tmp_path / "codebot_workspace")
+
+
 # --- Settings: redaction -----------------------------------------------------
 
 PEM_KEY = "-----BEGIN KEY-----\nMIIEowIBAAKCAQEA\nqzXJ+/secretline\n-----END KEY-----\n"
