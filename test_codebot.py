@@ -4226,6 +4226,16 @@ def test_progress_bar_in_output_is_kept_in_its_last_state() -> None:
     assert list(output.last_lines) == ["100%"]
 
 
+def test_output_that_the_program_has_emptied_is_read_from_its_beginning() -> None:
+    with tempfile.TemporaryFile(buffering=0) as file:
+        output = codebot.OutputFile(file)
+        file.write(b"one\nunfinished")
+        assert output.read_lines(has_exited=False) == ["one"]
+        file.truncate(0)
+        file.write(b"two\n")
+        assert output.read_lines(has_exited=False) == ["two"]
+
+
 def test_very_long_line_of_output_is_split_and_keeps_its_first_character(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
