@@ -4458,6 +4458,11 @@ def test_error_of_program_has_its_beginning_and_its_end(
     assert codebot.ProgramResult(1, "", stderr).error == error
 
 
+def test_error_of_program_is_what_it_printed_if_it_printed_no_error() -> None:
+    assert codebot.ProgramResult(1, "no such job\n", "").error == "no such job"
+    assert codebot.ProgramResult(1, "done\n", "no such job\n").error == "no such job"
+
+
 def test_hostile_lines_of_an_error_are_read_at_once() -> None:
     # With a simple pattern it would take minutes, and slow down all threads.
     line = f"To {':' * 9_990} x"
