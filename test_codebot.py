@@ -5108,6 +5108,16 @@ def test_old_bwrap_is_refused_for_root(fresh: Site) -> None:
     assert "bwrap is older than 0.8, so an agent run by root could" in done.stderr
 
 
+def test_old_bwrap_is_used_without_its_missing_option_by_another_user(
+    fresh: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_bwrap(fresh, "[ $1 = --help ] && exec echo '--unshare-user'")
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    sandbox = codebot.Sandbox(codebot.Config(search_path=path))
+    sandbox.inspect_bwrap()
+    assert "--disable-userns" not in sandbox.bwrap_command("/workspace", "/objects")
+
+
 @pytest.mark.parametrize(
     ("sandbox", "launcher", "program"),
     [
