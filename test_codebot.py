@@ -5147,12 +5147,13 @@ def test_program_that_cannot_be_started_is_named(
         codebot.Sandbox(config).probe()
 
 
+@pytest.mark.parametrize("help_text", ["", BWRAP_HELP])
 def test_bwrap_that_hangs_is_refused(
-    fresh: Site, monkeypatch: pytest.MonkeyPatch
+    fresh: Site, monkeypatch: pytest.MonkeyPatch, help_text: str
 ) -> None:
     monkeypatch.setattr(codebot, "PROBE_TIMEOUT", 0.1)
-    path = write_bwrap(fresh, "exec sleep 60")
-    config = codebot.Config(search_path=path, work_dir=str(fresh.server.work_dir))
+    path = write_bwrap(fresh, f"{help_text}\nexec sleep 60")
+    config = codebot.Config(search_path=path, work_dir=str(fresh.directory))
     with pytest.raises(
         codebot.ConfigError, match="The sandbox does not start: it took more than"
     ):
