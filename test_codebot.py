@@ -9209,6 +9209,8 @@ def test_git_at_other_remote_uses_no_other_protocol(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GIT_ALLOW_PROTOCOL", "ext")
+    monkeypatch.setenv("GIT_TERMINAL_PROMPT", "1")
+    monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
     environment = codebot.remote_environment(codebot.Config(no_github=True), "")
     assert environment["GIT_ALLOW_PROTOCOL"] == "https:http:ssh:file"
     assert environment["GIT_TERMINAL_PROMPT"] == "0"
