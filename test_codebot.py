@@ -9889,6 +9889,12 @@ def test_job_does_not_wait_for_ever(
     assert github.silent_until <= time.time() + 86400
 
 
+@pytest.mark.parametrize("scope", [codebot.AS_APP, codebot.LOOKUP])
+def test_token_is_redacted_as_soon_as_codebot_has_it(shared: Site, scope: int) -> None:
+    token = github_client(shared).token(scope)
+    assert codebot.redact(f"got {token}") == "got ***"
+
+
 def test_impossible_date_of_github_is_ignored() -> None:
     github = create_github()
     github.note_headers({"Date": f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"})
