@@ -9895,6 +9895,13 @@ def test_token_is_redacted_as_soon_as_codebot_has_it(shared: Site, scope: int) -
     assert codebot.redact(f"got {token}") == "got ***"
 
 
+def test_rate_limit_is_unknown_if_github_reports_none() -> None:
+    # As on an Enterprise Server without a limit. The metrics show the text as it is.
+    github = create_github()
+    github.note_headers({})
+    assert github.rate_limit_remaining == "NaN"
+
+
 def test_impossible_date_of_github_is_ignored() -> None:
     github = create_github()
     github.note_headers({"Date": f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"})
