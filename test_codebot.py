@@ -11771,6 +11771,7 @@ CUT = "(text after an unclosed HTML comment was removed)"
         # It hides what follows in a block of HTML, and is cut everywhere.
         ("a\n<!-- b\nc", f"a\n{CUT}"),
         ("<!-- b", ""),
+        (" \n<!-- b", " \n"),  # so it counts as empty
         ("a <!--> b <!-- c --> d <!---> e", "a  b  d  e"),
         ("> a\n> - <!-- b", f"> a\n> - {CUT}"),
         ("a" + "<!--" * 3 + " b", f"a{CUT}"),
