@@ -11854,6 +11854,14 @@ def test_invisible_characters_of_a_commented_line_are_removed() -> None:
     assert comment.diff_hunk == "@@ -1 +1 @@\n+1"
 
 
+def test_comment_that_is_on_no_line_has_no_path_and_no_code() -> None:
+    user = {"login": "alice", "type": "User"}
+    payload = {"id": 1, "user": user, "body": "Why?", "created_at": "2026-01-01"}
+    comment = codebot.parse_comment("conversation", payload)
+    assert comment is not None
+    assert (comment.path, comment.lines, comment.diff_hunk) == ("", "", "")
+
+
 def test_only_end_of_a_long_part_of_the_diff_is_kept() -> None:
     hunk = f"@@ -0,0 +1,900000 @@\n{'+line' * 99_999}\n+The end"
     comment = parse_inline_comment(diff_hunk=hunk)
