@@ -13989,6 +13989,8 @@ def test_label_is_ignored_unless_somebody_with_write_access_put_it_on_an_open_is
 ) -> None:
     issue = open_issue(shared)
     shared.person(login, kind).label(issue.number, webhook=False)
+    # A later event about another label says nothing about who put this one on it.
+    shared.person("alice").label(issue.number, "bug", webhook=False)
     shared.repository.issues[issue.number].update(changes)
     issue.announce()
     issue.assert_ignored(f"{issue.url} is ignored: {reason}")
