@@ -29,6 +29,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import io
 import itertools
 import json
 import logging
@@ -9906,6 +9907,25 @@ def test_impossible_date_of_github_is_ignored() -> None:
     github = create_github()
     github.note_headers({"Date": f"Mon, 01 Jan {'9' * 20} 00:00:00 GMT"})
     assert github.clock_skew == 0.0
+
+
+def test_response_that_is_too_long_is_not_read_to_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codebot, "MAX_GITHUB_BYTES", 100_000)
+    body = io.BytesIO(b"x" * 1_000_000)
+    with pytest.raises(TimeoutError, match="too slow or too long"):
+        create_github().read_bytes(body)
+    assert body.read()
+
+
+def test_response_that_is_too_slow_is_not_read_to_its_end() -> None:
+    github = create_github()
+    github.timeout = -1.0  # as if it had passed
+    body = io.BytesIO(b"x" * 1_000_000)
+    with pytest.raises(TimeoutError, match="too slow or too long"):
+        github.read_bytes(body)
+    assert body.read()
 
 
 def test_github_that_cannot_be_reached_is_named_in_a_transient_error(
