@@ -2771,7 +2771,7 @@ def read_settings(**variables: str) -> tuple[dict[str, Any], list[str]]:
         ),
         (
             "CODEBOT_TEST_COMMANDS",
-            "a/b=tox\n \nc/d=make",
+            "a/b=tox\r\n \nc/d=make",
             "test_commands",
             (("a/b", "tox"), ("c/d", "make")),
         ),
