@@ -6931,6 +6931,15 @@ def test_base_branch_is_used_for_work_and_pull_request(shared: Site) -> None:
     assert shared.repository.pulls[0]["base"]["ref"] == "release/1"
 
 
+def test_default_branch_is_that_of_head_alone() -> None:
+    # Any branch may have a name that ends with /HEAD, and stand for another branch.
+    output = (
+        "ref: refs/heads/main\tHEAD\nc0ffee\tHEAD\n"
+        "ref: refs/heads/b\trefs/heads/a/HEAD\nbad\trefs/heads/a/HEAD"
+    )
+    assert codebot.parse_ls_remote(output, "HEAD") == ("main", "c0ffee")
+
+
 @pytest.mark.parametrize(
     "base", ["v1", "SHA", "nothing", "refs/heads/main", "tags/v1", "pull/1/head"]
 )
