@@ -7277,7 +7277,8 @@ def test_repository_is_not_fetched_into_the_mirror_of_another_with_its_name(
 
 def test_repack_that_fails_leaves_no_part_of_a_pack(tmp_path: Path) -> None:
     # It may have filled the disk.
-    part = tmp_path / "mirror.git" / "objects" / "pack" / "tmp_pack_a1b2c3"
+    name = ".tmp-1234-pack-a1b2c3.pack"  # as git repack leaves it
+    part = tmp_path / "mirror.git" / "objects" / "pack" / name
     part.parent.mkdir(parents=True)
     for number in range(codebot.MAX_PACKS + 1):
         (part.parent / f"{number}.pack").touch()
