@@ -9958,6 +9958,33 @@ def test_jwt_follows_clock_of_github(
     assert max(issued) > time.time() + 4000
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-OpenSSH\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\n[",  # not all of it
+    ],
+)
+def test_answer_that_is_not_whole_http_is_a_transient_error(
+    monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    def reply() -> None:
+        with listener.accept()[0] as connection:
+            connection.recv(4096)
+            connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=reply, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        github = create_github(api_url=url)
+        github.attempts = 1
+        monkeypatch.setattr(github, "token", lambda scope: "token")
+        with pytest.raises(codebot.TransientError, match=url):
+            github.repository_by_name("acme/widget")
+        thread.join()
+
+
 def test_last_refusal_of_a_token_is_raised_without_a_pause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
