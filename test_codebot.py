@@ -9996,6 +9996,21 @@ def test_last_refusal_of_a_token_is_raised_without_a_pause(
     assert pauses == [0.0, 0.5, 1.0, 2.0]  # the first one is no pause
 
 
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        (404, {"ETag": "x"}),  # a later 304 would stand for it
+        (200, {}),  # a proxy may have removed the ETag
+    ],
+)
+def test_error_or_reply_without_an_etag_is_not_cached(
+    status: int, headers: dict[str, str]
+) -> None:
+    github = create_github()
+    github.remember_reply("https://api.github.com/app", make_reply(status, headers, ""))
+    assert github._replies == {}
+
+
 def test_full_cache_keeps_most_of_its_replies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codebot, "MAX_CACHED_REPLIES", 10)
     github = create_github()
