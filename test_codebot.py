@@ -14299,6 +14299,18 @@ def test_issue_of_stranger_that_changed_after_label_needs_label_again(
     assert shared.repository.count(f"GET /issues/{issue.number}/comments*") == 1
 
 
+def test_comment_is_posted_once_whoever_else_has_written_its_marker(
+    fresh: Site,
+) -> None:
+    issue = open_issue(fresh)
+    fresh.person("alice", number=issue.number).comment("<!-- 2 -->", webhook=False)
+    repository = github_client(fresh).repository_by_name(fresh.repository.name)
+    for marker in ("<!-- 1 -->", "<!-- 2 -->", "<!-- 2 -->"):
+        repository.post_once(issue.number, "Hello", marker)
+    answers = fresh.repository.answers(issue.number)
+    assert answers == ["Hello\n\n<!-- 1 -->", "Hello\n\n<!-- 2 -->"]
+
+
 def test_advice_to_label_a_changed_issue_again_is_posted_once(shared: Site) -> None:
     issue = open_issue(shared, login="carol")
     shared.person("alice").label(issue.number, webhook=False)
