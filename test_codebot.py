@@ -14676,6 +14676,8 @@ def test_labels_put_on_while_server_was_down_are_found_although_some_cannot_be_r
         assert len(issue.comments()) == 1
         assert len(issue.tasks()) == 1
     assert removed.tasks() == []
+    # Each look counts against the rate limit.
+    assert fresh.repository.count(f"GET /issues/{removed.number}/*") == 0
 
 
 ISSUE_CRASH_STEPS = {
