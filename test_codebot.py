@@ -17645,6 +17645,40 @@ def test_nothing_runs_on_a_node_that_lacks_the_workspace(tmp_path: Path) -> None
     assert not (tmp_path / "ran").exists()
 
 
+def test_words_of_a_launcher_on_standard_output_say_why_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "SIGNAL_DELAY", 0.0)
+    config = codebot.Config(
+        work_dir=str(tmp_path),
+        search_path=os.environ["PATH"],
+        launcher=("sh", "-c", "echo no such partition; exit 1"),
+        launcher_stop=("true",),
+    )
+    workspace = f"{tmp_path}/task_1234567"
+    env = {"PATH": os.environ["PATH"]}
+    message = "The launcher or its node failed: no such partition"
+    with pytest.raises(codebot.TransientError, match=message):
+        codebot.launch(config, workspace, 5.0, list, ["true"], env)
+
+
+def test_limit_of_the_wait_for_a_node_ends_no_program_on_a_node() -> None:
+    none: Any = None
+    program = codebot.LaunchedProgram(
+        child=none,
+        exit_poll=none,
+        stdout=none,
+        stderr=none,
+        on_lines=list,
+        limits=codebot.DEFAULT_LIMITS,
+        node_timeout=-1.0,  # as if it had passed
+    )
+    with pytest.raises(codebot.NoFreeNode):
+        program.check_limits()
+    program.is_on_node = True
+    program.check_limits()
+
+
 def test_launched_program_that_empties_its_output_has_a_time_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
