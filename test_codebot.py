@@ -2710,6 +2710,16 @@ def test_certificate_error_is_shown_without_its_code(templates: Path) -> None:
     assert re.fullmatch("certificate verify failed: self.signed certificate", text)
 
 
+def test_wait_ends_as_soon_as_codebot_is_to_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codebot, "STOP", threading.Event())
+    codebot.wait(0.0)
+    codebot.STOP.set()
+    with pytest.raises(codebot.StopRequested):
+        codebot.wait(60.0)
+
+
 def test_only_the_first_digits_of_a_very_long_number_are_read() -> None:
     # Early versions of Python 3.9 and 3.10 would take minutes.
     value = codebot.parse_json('[-12, 1.5e3, "9", ' + "9" * 2_000_000 + "]")
