@@ -4200,6 +4200,40 @@ def test_program_that_outlives_its_result_may_clean_up(
     assert (tmp_path / "cleaned").read_text() == "clean\n"
 
 
+def test_program_that_ignores_sigterm_is_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codebot, "KILL_GRACE", 0.05)
+    monkeypatch.setattr(codebot, "RESULT_GRACE", 0.0)
+    reader, writer = os.pipe()
+    script = f"trap '' TERM; echo result; sleep 10; echo survived >/dev/fd/{writer}"
+    codebot.run_program(
+        ["sh", "-c", script],
+        GIT_ENVIRONMENT,
+        on_lines=lambda lines: True,
+        pass_fds=(writer,),
+    )
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        assert pipe.read() == b""
+
+
+def test_process_that_was_found_and_ignores_sigterm_is_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codebot, "KILL_GRACE", 0.05)
+    argv = ["sh", "-c", "trap '' TERM; echo; exec sleep 10"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as child:
+        assert child.stdout
+        child.stdout.readline()  # SIGTERM is ignored now
+
+        def find(argument: str) -> list[int]:
+            return [child.pid] if child.poll() is None else []
+
+        codebot.end_processes(find, "")
+    assert child.returncode == -signal.SIGKILL
+
+
 def test_program_that_has_reported_its_result_is_not_interrupted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
