@@ -10029,6 +10029,21 @@ def test_answer_that_is_not_whole_http_is_a_transient_error(
         thread.join()
 
 
+def test_token_that_github_rejects_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codebot, "GITHUB_RETRY_DELAY", 0.0)
+    github = create_github()
+    tokens = iter(["revoked", "new"])
+    monkeypatch.setattr(github, "sign_jwt", lambda: (next(tokens), math.inf))
+
+    def send(url: str, token: str, body: object) -> codebot.Reply:
+        return make_reply(200 if token == "new" else 401, {}, "")
+
+    monkeypatch.setattr(github, "send", send)
+    assert github.call("/app", codebot.AS_APP).status == 200
+
+
 def test_last_refusal_of_a_token_is_raised_without_a_pause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
