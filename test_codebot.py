@@ -14127,6 +14127,13 @@ def test_label_is_ignored_unless_somebody_with_write_access_put_it_on_an_open_is
     issue.assert_ignored(f"{issue.url} is ignored: {reason}")
 
 
+def test_issue_without_a_text_is_read(shared: Site) -> None:
+    issue = open_issue(shared)
+    shared.repository.issues[issue.number]["body"] = None  # as GitHub reports it
+    client = github_client(shared).repository_by_name(shared.repository.name)
+    assert client.issue(issue.number).body == ""
+
+
 def test_label_that_github_does_not_show_everywhere_yet_counts(shared: Site) -> None:
     shared.agent.follow(GIVE_UP)
     issue = open_issue(shared)
