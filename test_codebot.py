@@ -9266,7 +9266,9 @@ def test_git_at_other_remote_uses_no_other_protocol(
     monkeypatch.setenv("GIT_ALLOW_PROTOCOL", "ext")
     monkeypatch.setenv("GIT_TERMINAL_PROMPT", "1")
     monkeypatch.setenv("LC_ALL", "de_DE.UTF-8")
-    environment = codebot.remote_environment(codebot.Config(no_github=True), "")
+    config = codebot.Config(no_github=True, run_tag="tag")
+    environment = codebot.remote_environment(config, "")
+    assert environment["CODEBOT_RUN"] == "tag"
     assert environment["GIT_ALLOW_PROTOCOL"] == "https:http:ssh:file"
     assert environment["GIT_TERMINAL_PROMPT"] == "0"
     # codebot understands only git's English errors.
