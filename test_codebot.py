@@ -14372,6 +14372,8 @@ def test_comment_is_posted_once_whoever_else_has_written_its_marker(
 ) -> None:
     issue = open_issue(fresh)
     fresh.person("alice", number=issue.number).comment("<!-- 2 -->", webhook=False)
+    ghost = fresh.person("ghost", number=issue.number)
+    ghost.comment("<!-- 2 -->", webhook=False).user = None  # as if deleted
     repository = github_client(fresh).repository_by_name(fresh.repository.name)
     for marker in ("<!-- 1 -->", "<!-- 2 -->", "<!-- 2 -->"):
         repository.post_once(issue.number, "Hello", marker)
