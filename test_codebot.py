@@ -9600,12 +9600,13 @@ def test_redirect_to_another_host_is_not_followed(
     assert fresh.repository.pulls == []
 
 
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_redirect_on_same_host_keeps_method_and_body(
-    fresh: Site, monkeypatch: pytest.MonkeyPatch
+    fresh: Site, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     monkeypatch.setattr(codebot, "GITHUB_RETRY_DELAY", 0.01)
     location = {"Location": f"/repositories/{fresh.repository.id}/pulls"}
-    fresh.repository.fail("POST /pulls", 307, {}, location)
+    fresh.repository.fail("POST /pulls", status, {}, location)
     assert open_pull_request(fresh)[0] == 1
     assert fresh.repository.pulls[0]["title"] == "Say hello"
 
@@ -17783,6 +17784,27 @@ def test_launched_test_has_the_time_limit_of_its_task(
     with pytest.raises(codebot.JobFailed, match="CODEBOT_TASK_TIMEOUT") as raised:
         codebot.run_tests_once(task.workspace, "sleep 60", attempt=1)
     assert raised.value.reason == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (("true",), ""),
+        ((), "the setting is missing"),
+        (("sh", "-c", "echo no such job >&2; exit 1"), "no such job"),
+        (("nowhere",), "No such file or directory: 'nowhere'"),
+        (("yes",), "printed more than 0 GiB"),
+        (("sh", "-c", "echo Resource temporarily unavailable >&2; exit 1"), "Resource"),
+    ],
+    ids=str,
+)
+def test_error_of_the_stop_command_is_returned_whatever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argv: tuple[str, ...], error: str
+) -> None:
+    monkeypatch.setattr(codebot, "MAX_OUTPUT_BYTES", 10_000)
+    config = codebot.Config(launcher_stop=argv, search_path=os.environ["PATH"])
+    returned = codebot.run_stop_command(config, str(tmp_path / "task_1234567"))
+    assert returned == error or (error and error in returned)
 
 
 @pytest.mark.usefixtures("quick_node")
