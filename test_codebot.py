@@ -15800,14 +15800,26 @@ def has_ipv6() -> bool:
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this host has no IPv6")
-def test_nobody_else_can_listen_at_localhost(tmp_path: Path) -> None:
-    # An agent could, and a browser looks at ::1 first.
-    app = codebot.Codebot(codebot.Config(port=0, work_dir=str(tmp_path)))
-    with socket.socket(socket.AF_INET6) as agent:
+@pytest.mark.parametrize(
+    ("host", "address", "family"),
+    [
+        ("127.0.0.1", "::1", socket.AF_INET6),  # a browser looks there first
+        ("0.0.0.0", "::", socket.AF_INET6),
+        ("::1", "127.0.0.1", socket.AF_INET),
+    ],
+)
+def test_nobody_else_can_listen_at_localhost(
+    tmp_path: Path, host: str, address: str, family: socket.AddressFamily
+) -> None:
+    # An agent could.
+    app = codebot.Codebot(codebot.Config(host=host, port=0, work_dir=str(tmp_path)))
+    with socket.socket(family) as agent:
         agent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         agent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family is socket.AF_INET6:
+            agent.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         with codebot.Server(app) as server:
-            place = ("::1", server.server_port)
+            place = (address, server.server_port)
             with pytest.raises(OSError, match=os.strerror(errno.EADDRINUSE)):
                 agent.bind(place)
             with pytest.raises(ConnectionRefusedError):
