@@ -5935,6 +5935,15 @@ def test_finished_answer_is_posted_again_without_counting_interruptions(
     assert review.interruptions == 0
 
 
+def test_tests_alone_do_not_count_as_work_of_the_agent(local: LocalTask) -> None:
+    local.run.update(transient_since=IN_1970)
+    for part in codebot.WORKSPACE_PARTS:
+        os.makedirs(f"{local.workspace.path}/{part}")
+    codebot.run_tests_once(local.workspace, "true", attempt=1)  # before another push
+    assert local.run.job.transient_since == IN_1970  # the retries still have an end
+    assert not local.run.agent_ran_since_save
+
+
 @pytest.mark.parametrize(
     ("progress", "reason"),
     [
