@@ -13126,6 +13126,7 @@ def sync(store: codebot.Store) -> codebot.Sync:
         (codebot.TransientError("GitHub did not answer"), codebot.RETRY_DELAY),
         # Perhaps forever, for each pull request of a repository that was taken out.
         (codebot.AppRefused("422"), codebot.APP_REFUSED_DELAY),
+        (codebot.GitHubError("403"), codebot.APP_REFUSED_DELAY),
         (KeyError("state"), codebot.RETRY_DELAY),
     ],
 )
