@@ -20038,6 +20038,17 @@ def test_hangup_stops_server_in_order(fresh: Site) -> None:
     assert f" task-0 INFO Job {task}: running -> pending" in fresh.server.log()
 
 
+IGNORE_HANGUPS = """
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+codebot.stop_on_signals()
+assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+"""
+
+
+def test_hangup_does_not_stop_a_server_that_nohup_has_started() -> None:
+    run_code(IGNORE_HANGUPS)
+
+
 def test_signals_that_the_parent_blocks_stop_the_server(fresh: Site) -> None:
     script = (
         "import os, signal, sys; "
