@@ -16817,7 +16817,9 @@ def test_status_of_failed_task_has_its_error_and_its_reason(shared: Site) -> Non
 
 
 def test_what_is_not_known_of_a_review_is_null(store: codebot.Store) -> None:
-    fields = codebot.describe_review(app_with(store), claim_review(store))
+    # Its commit is not pushed yet.
+    review = dataclasses.replace(claim_review(store), commit_id="c0ffee")
+    fields = codebot.describe_review(app_with(store), review)
     for name in ("kind", "answer", "commit", "error", "reason", "completed_at"):
         assert fields[name] is None
 
