@@ -8096,6 +8096,7 @@ def test_failing_test_is_shown_to_agent_in_same_session_and_phases_are_logged(
     assert re.search(r"\w{8}", lines[output - 1])
     messages = shared.api.messages(task)
     assert "test: wrong" in messages
+    assert "codebot: Failed (" not in str(messages)
     assert [message for message in messages if message.startswith("phase: ")] == [
         "phase: clone",
         "phase: agent",
@@ -13411,6 +13412,8 @@ def test_failure_is_reported_in_the_thread(pull: Pull, case: str) -> None:
     assert codebot.error_block(review["error"]) in pull.answer()
     assert pull.answer() == pull.reply(comment)
     assert pull.tip() == before
+    failures = [m for m in pull.messages() if m.startswith("codebot: Failed (")]
+    assert failures == [f"codebot: Failed ({reason}): {review['error']}"]
 
 
 @pytest.mark.parametrize("step", ["answer", "locked"])
