@@ -12315,6 +12315,7 @@ def test_change_is_pushed_and_answered_in_its_thread(pull: Pull) -> None:
     people = pull.site.repository.git("log", "-1", "--format=%an|%cn", pull.branch)
     assert people == "acme-bot[bot]|acme-bot[bot]"
     message = pull.site.repository.git("log", "-1", "--format=%B", pull.branch)
+    assert message.startswith("Answer the review of ")
     assert message.endswith("\n\nThe agent says:\n\n> Done.")
     assert pull.answer() == pull.reply(comment)
     assert "\n\n\n" not in pull.answer()
