@@ -8047,11 +8047,20 @@ def test_output_of_a_tool_becomes_an_event(
 def test_each_line_of_the_agent_is_logged_once(store: codebot.Store) -> None:
     agent_run = codebot.AgentRun(task_run(store))
     retry = {"type": "system", "subtype": "api_retry", "error": "overloaded"}
-    for line in ("Warning: no event", json.dumps(retry), '{"type":"other"}'):
+    call = {"type": "tool_use", "name": "TaskList", "input": {}}
+    lines = [
+        "Warning: no event",
+        json.dumps(retry),
+        json.dumps({"type": "assistant", "message": {"content": [call]}}),
+        json.dumps({"type": "user", "message": {"content": "A summary"}}),
+        '{"type":"other"}',
+    ]
+    for line in lines:
         assert not agent_run.read([line])  # none of them ends the run
     run = agent_run.run
     messages = [event.message for event in store.events(run.job.id, after=0)]
-    assert messages == ["Warning: no event", "The model's API failed: overloaded"]
+    failure = "The model's API failed: overloaded"
+    assert messages == ["Warning: no event", failure, "TaskList:"]
 
 
 def test_report_without_words_replaces_the_summary_of_an_earlier_run(
