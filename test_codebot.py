@@ -5490,6 +5490,17 @@ def test_claim_of_unknown_job_returns_none(store: codebot.Store) -> None:
     assert store.claim("no-such-job") is None
 
 
+def test_worker_does_not_run_a_task_that_was_cancelled_in_the_queue(
+    store: codebot.Store,
+) -> None:
+    app = app_with(store)
+    task = store_task(store)
+    app.queues["task"].put(task.id)
+    store.request_cancel(task.id)
+    codebot.worker_step(app, "task")
+    assert stored_job(store, task).reason == "cancelled"
+
+
 def test_requeue_keeps_progress_and_counts_interruptions(store: codebot.Store) -> None:
     job = store_task_in_state(store, "running")
     changed = dataclasses.replace(
