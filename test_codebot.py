@@ -19721,6 +19721,7 @@ def test_warnings_are_logged_by_serve_and_listed_by_check(fresh: Site) -> None:
     for warning in WARNINGS:
         assert [line for line in lines if warning in line], warning
         assert warning in log
+    assert log.count(" WARNING ") == len(lines)  # and what is fine is not logged
     assert API_KEY not in done.stdout + log
     assert "Traceback" not in log
 
