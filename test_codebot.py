@@ -1796,7 +1796,9 @@ while True:
             break
 signal.set_wakeup_fd(-1)
 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored if nohup runs the tests
+# These are ignored if nohup or a shell's & runs the tests.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.close(signals)
 os.close(signals_in)
 os.write(1, b"%d\\n" % os.getpid())
