@@ -6022,7 +6022,7 @@ def remove_session(workspace: Workspace) -> None:
     workspace.script(REMOVE_SESSION_SCRIPT, home, workspace.run.job.task_id)
 
 
-class SessionLost(JobFailed):
+class SessionUnusable(JobFailed):
     """The agent cannot continue its session: it is not there, or the model rejects it."""
 
 
@@ -6155,7 +6155,9 @@ class AgentRun:
         result = self.result
         error = self.error_text(program)
         if error.startswith("No conversation found"):
-            return SessionLost("agent_failed", f"The agent lost its session: {error}")
+            return SessionUnusable(
+                "agent_failed", f"The agent lost its session: {error}"
+            )
         is_refused = result.get("api_error_status") in (401, 403)
         says_login = result.get("is_error") and "/login" in str(result.get("result"))
         if is_refused or says_login:
@@ -6182,7 +6184,7 @@ class AgentRun:
         # has signed the session's thoughts. (Without credit, the ending is the same.)
         ending = (result.get("api_error_status"), result.get("num_turns"))
         if ending in ((400, 1), (413, 1)):
-            return SessionLost("agent_failed", message)
+            return SessionUnusable("agent_failed", message)
         return JobFailed("agent_failed", message)
 
 
@@ -7054,7 +7056,7 @@ def continue_session(review: Review, prompt: str, options: AgentOptions) -> Json
     workspace = review.workspace
     try:
         return ask_agent(workspace, prompt, options, CONTINUE_SESSION)
-    except SessionLost as error:
+    except SessionUnusable as error:
         workspace.run.log_event("codebot", f"{error}. A new session begins")
     remove_session(workspace)
     task = delimited("task", task_text(review.task.request))
