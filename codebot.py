@@ -6534,8 +6534,10 @@ def clone(workspace: Workspace) -> None:
         run.job.request.base_branch, "base_branch_not_found"
     )
     workspace.check_out(base_name, base_commit)
-    if run.job.base_commit:  # an earlier run may have begun the session
+    if run.job.base_commit:
         run.log_event("codebot", "Restarted after an interruption")
+        # An earlier run may have begun the session. check_out has removed it, unless a
+        # sandbox has set another HOME.
         remove_session(workspace)
     workspace.make_outbox()
     run.update(base_name=base_name, base_commit=base_commit)
