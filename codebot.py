@@ -7102,7 +7102,7 @@ def push_review_commit(review: Review) -> None:
     run = review.run
     workspace = review.workspace
     for attempt in range(1, MAX_PUSHES + 1):
-        require_may_act(review)  # the agent may have worked for hours
+        require_may_act(review)
         tip = workspace.fetch_tip_after(run.job.base_commit)
         if workspace.mirror.is_ancestor(run.job.commit_id, tip):
             return
