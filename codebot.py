@@ -8193,7 +8193,8 @@ def read_task_request(config: Config, fields: Fields) -> TaskRequest:
     problems = [
         f"{name} is missing" for name in REQUIRED_FIELDS if fields.get(name) is None
     ]
-    # If there are more than 100, some of these are unknown. To name all could take seconds.
+    # If there are more, the first 100 include unknown ones, so the request is refused.
+    # To name all could take seconds.
     first_fields = list(fields.items())[:100]
     problems += [field_problem(name, value) for name, value in first_fields]
     if any(problems):
