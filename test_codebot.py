@@ -7839,6 +7839,19 @@ def test_long_line_of_output_is_not_cut_in_a_secret() -> None:
     assert result.stdout == "x" * 9990
 
 
+def test_program_that_prints_without_a_pause_can_be_cancelled() -> None:
+    seen: list[str] = []
+
+    def check_stop() -> None:
+        if seen:
+            raise codebot.Cancelled()
+
+    env = {"PATH": os.environ["PATH"]}
+    limits = codebot.Limits(check_stop=check_stop)
+    with pytest.raises(codebot.Cancelled):
+        codebot.run_program(["yes"], env, limits=limits, on_lines=seen.extend)
+
+
 @pytest.mark.parametrize(
     ("plan", "test_command", "reason", "program"),
     [
