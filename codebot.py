@@ -12,7 +12,7 @@ demo also uses cat and grep. It is for Linux. On macOS there is no sandbox, and 
 tested.
 
     python3 codebot.py demo    try it: one task from end to end, no configuration
-    python3 codebot.py check   check the requirements; says how to fix what it finds
+    python3 codebot.py check   check the requirements, and say how to fix problems
     python3 codebot.py serve   run the server
     python3 codebot.py run     run one task in the foreground
 
@@ -110,7 +110,7 @@ WHO IS TRUSTED WITH WHAT
                  the App is installed or, with --no-github, all that codebot's user can
                  reach. A task's test command is a shell command, so a client can run
                  anything in the sandbox.
-                 GitHub is not asked what the person behind the key may read or write.
+                 GitHub is not asked what the person who uses the key may read or write.
   A reviewer, and a person who labels an issue   have an effect only if GitHub reports
                  that they have write access to the repository. GitHub is asked at every
                  start of a review, before the agent of an issue's task runs, and again
@@ -121,16 +121,16 @@ WHO IS TRUSTED WITH WHAT
                  comments with a person's token counts as that person. A machine account
                  that GitHub does not list as a bot counts as a person. An edit of a
                  person's comment, by somebody else with write access or by an App, counts
-                 as that person's words. So does an edit of an issue whose author has write
-                 access.
+                 as that person's words. The same is true of an edit of an issue whose
+                 author has write access.
   Others at GitHub   can stop work, if GitHub lets them remove the label, or close or lock
                  the pull request. Their comments and edits can delay work: see Store, and
                  Looking at GitHub.
   GitHub         is believed, over TLS. A delivery is believed only if the signature of
-                 its body is right. Even then it is never relied on for who wrote what,
-                 who may write, or what is open: codebot asks GitHub.
-  The agent      is not trusted, and neither is what it reads: the repository, the task,
-                 comments.
+                 its body is right. Even then it does not decide who wrote what, who may
+                 write, or what is open: codebot asks GitHub.
+  The agent      is not trusted. What it reads (the repository, the task, comments) is not
+                 trusted, either.
                  - It gets the model's key and address, proxy and certificate settings,
                    the time zone, the variables that the operator lists, its workspace,
                    and everything that the repository's mirror has ever fetched. So
@@ -148,7 +148,7 @@ WHO IS TRUSTED WITH WHAT
                    other file that codebot's user can read.
                    On disk, it can write to its own workspace only. It can connect to
                    sockets and write to named pipes that are not hidden. The section
-                   Sandbox lists where this does not hold.
+                   Sandbox lists exceptions to this.
                  - Without a sandbox (CODEBOT_SANDBOX=none) it can do whatever codebot's
                    user can.
                  - codebot takes from it a tree of files, its words, and the cost and the
@@ -206,8 +206,9 @@ WHERE SECRETS GO
                              ANTHROPIC_BASE_URL goes where the model key goes.)
   With --no-github, git commands that contact the remote get the environment with which
   codebot was started, including listed variables, and the proxies and certificates of
-  .env. Taken out are CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, the model's keys and address,
-  and variables that make git print a trace, use another repository or refuse to work.
+  .env. These are removed: CODEBOT_API_KEYS, GITHUB_WEBHOOK_SECRET, the model's keys and
+  address, and variables that make git print a trace, use another repository or refuse to
+  work.
   Hooks of a repository on this host, to which git pushes, get the same environment.
   The watchdog, a fork of codebot, has all of these secrets in its memory, except JWTs and
   installation tokens. codebot writes none of them into a named file. (A secret that
@@ -245,7 +246,7 @@ LIFE OF A JOB
     at the retry, has not posted or does not list the first one yet.
   A crash loses what a running agent has done, and the record of its cost. It also loses
   the looks, so the first look after a start is at everything.
-  A crash interrupts a job, and so does an error after which the agent must run again. At
+  A job is interrupted by a crash, or by an error after which the agent must run again. At
   the third interruption since work was last saved, the job fails: see "What a retry
   depends on", in Store.
 
