@@ -516,8 +516,8 @@ def find_paths(directory: str, pattern: str) -> list[str]:
 #   token of GitHub. A secret is missed where a line of more than MAX_LINE_BYTES is split.
 #   An agent can publish a secret by writing it in another way, such as backwards,
 #   compressed, or as the name of an empty directory (a tree can have it, no diff shows it).
-# - codebot knows only the secrets under "What is a secret", below. A key in the path of an
-#   address is not among them. Nor is a secret in CODEBOT_CLAUDE_ARGS or in another command
+# - codebot knows only the secrets under "What is a secret", below. It does not know a key
+#   in the path of an address, or a secret in CODEBOT_CLAUDE_ARGS or in another command
 #   line, which `ps` shows.
 
 MODEL_KEY_NAMES = (
@@ -613,7 +613,7 @@ def parse_address(text: str) -> str:
 
 
 def parse_search_path(text: str) -> str:
-    """Drop relative entries: in a workspace the agent could plant programs there."""
+    """Drop relative entries: in a workspace, they could lead to the agent's programs."""
     entries = [entry for entry in text.split(":") if entry.startswith("/")]
     if not entries:
         raise ValueError("must name an absolute directory")
@@ -963,7 +963,7 @@ def conflicting_settings(config: Config) -> Iterator[str]:
             "CODEBOT_ALLOWED_REPOSITORIES is empty. Name repositories, or use * to "
             "allow all."
         )
-    if "," in config.issue_label:  # GitHub would take it for two labels
+    if "," in config.issue_label:  # GitHub would read it as two labels
         yield "CODEBOT_ISSUE_LABEL must be one label, without a comma."
     if config.enable_polling and config.no_github:
         yield "--enable-polling and --no-github cannot be used together."
@@ -1105,7 +1105,7 @@ class Redactor:
     def has_secret(self, text: str) -> bool:
         """Return whether a text has a secret of at least MIN_SEARCHED_LENGTH characters.
 
-        A shorter secret is found in base64, if that has as many characters.
+        A shorter secret is found in base64, if its base64 has that many characters.
         """
         return any(
             secret in text
@@ -1121,7 +1121,7 @@ class LogFormatter(logging.Formatter):
     """Writes the log without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Indent further lines, so that an agent's words cannot pass for an entry."""
+        """Indent further lines, so that an agent's words cannot look like an entry."""
         return redact(super().format(record)).replace("\n", "\n    ")
 
 
@@ -1158,7 +1158,7 @@ def read_keys(config: Config) -> Iterator[str]:
 def with_lines(secrets: set[str]) -> set[str]:
     """Return the secrets, also with the blanks around them removed, and their lines.
 
-    Lines such as "-----BEGIN PRIVATE KEY-----" are left out: they are no secret.
+    Lines such as "-----BEGIN PRIVATE KEY-----" are left out: they are not secret.
     """
     forms = secrets | {secret.strip(BLANKS) for secret in secrets}
     for line in "\n".join(secrets).splitlines():
