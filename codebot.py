@@ -1350,8 +1350,8 @@ class ProgramResult(NamedTuple):
     def error(self) -> str:
         """Why the program failed: the first line, and the last five lines.
 
-        GitHub needs as many to say which of its rules a push violates. The last period is
-        left out, because the text becomes part of a sentence.
+        GitHub needs that many lines to say which of its rules a push violates. The last
+        period is left out, because the text becomes part of a sentence.
         """
         output = self.stderr or self.stdout
         lines = [line.strip() for line in output.split("\n")]
@@ -1563,7 +1563,7 @@ def end_process_group(child: subprocess.Popen[bytes]) -> None:
     try:
         child.wait(KILL_GRACE)
     except subprocess.TimeoutExpired:
-        # The program runs as another user, through sudo, or waits for a dead file system.
+        # The program runs as another user, through sudo, or its file system hangs.
         log.error("Process %d (%s) cannot be ended", child.pid, child.args)
 
 
@@ -1738,7 +1738,8 @@ def launcher_argv(command: Sequence[str], workspace_path: str) -> list[str]:
 # the file launched/NAME. The record holds the run's tag or, after a failed stop,
 # STOP_FAILED. It is removed only when CODEBOT_LAUNCHER_STOP has succeeded. (The command
 # must also succeed if nothing runs.) The run itself stops its program. If codebot dies, its
-# watchdog does. After a failure, the cleanup, the next run here and the next start retry.
+# watchdog stops it. After a failure, the cleanup, the next run here and the next start try
+# again.
 STOP_FAILED = "stop failed"
 
 
@@ -1754,7 +1755,7 @@ def record_failed_stop(record: pathlib.Path, error: str) -> None:
         error,
         record,
     )
-    # If a full disk prevents this, only the next run here and the next start retry.
+    # If a full disk prevents this, only the next run here and the next start try again.
     with contextlib.suppress(OSError):
         record.write_text(STOP_FAILED)
 
