@@ -1945,7 +1945,7 @@ def stop_all_launched(
 # All programs in a workspace (the agent, the tests, git) run in the sandbox that
 # CODEBOT_SANDBOX names: bwrap, another command line of the operator's, or none. In bwrap
 # the file system is read-only, and empty directories cover the private ones. Of the work
-# directory, only the job's own directories and its repository's objects are put back.
+# directory, only the job's own directories and its repository's objects are visible.
 #
 # Known limitation of every sandbox: codebot does not limit an agent's processes, disk space
 # and memory; only the host can. If an agent fills the disk of the work directory, jobs are
@@ -1967,7 +1967,8 @@ def stop_all_launched(
 #   With ~/.local/bin, it can read all of ~/.local, such as ~/.local/share/keyrings.
 #   A home that holds a system directory, such as / or /usr, is not hidden at all.
 # - What is hidden can be read at every other path where it is mounted, too, such as that of
-#   a bind mount or of a whole btrfs file system. So can copies of it, such as snapshots.
+#   a bind mount or of a whole btrfs file system. Copies of it, such as snapshots, can be
+#   read as well.
 # - On btrfs, an agent can make a snapshot of a subvolume in its workspace, and read there
 #   what is hidden in the subvolume. It needs to see the subvolume's top directory, which
 #   must belong to codebot's user. (If that is root, / usually does.) An agent can also
@@ -1983,8 +1984,8 @@ def stop_all_launched(
 #   read the environment of codebot's git, with its token.
 # - The agent can connect to abstract sockets. In directories that are not hidden, it can
 #   connect to sockets and write to named pipes. Through an abstract socket, two agents that
-#   run at the same time can exchange open directories. Then one can read and write in the
-#   workspace of the other as long as it runs itself, even in later jobs there.
+#   run at the same time can exchange open directories. Then the first can read and write in
+#   the workspace of the second until the first ends, even during later jobs there.
 # - The agent shares the host's kernel, without a filter of system calls. It may reach the
 #   kernel's keyrings of codebot's user. bwrap before 0.8 lets it make user namespaces, in
 #   which it can reach more of the kernel. (codebot as root refuses such a bwrap.)
@@ -1994,18 +1995,19 @@ def stop_all_launched(
 #   the mirror's objects. Others that open such a file then wait for up to 45 s, again and
 #   again, unless the host has `sysctl fs.leases-enable=0`.
 # - If codebot is killed, an agent that is prepared for that (see processes_in_workspaces)
-#   runs on until codebot starts again with the same work directory. (The command `run`
-#   usually makes a new work directory.) Meanwhile the agent can listen on codebot's port
-#   and receive API keys. An open page sends its key every two seconds.
+#   keeps running until codebot starts again with the same work directory. (The command
+#   `run` usually makes a new work directory.) Meanwhile the agent can listen on codebot's
+#   port and receive API keys. An open page sends its key every two seconds.
 # - A git filter that the agent has configured can, in the same way, outlive its git command
 #   until the job's run ends. `sysctl kernel.yama.ptrace_scope=1` (Ubuntu's default; Debian
-#   has 0) prevents both. Without it, codebot may find neither such an agent nor such a
-#   filter if bwrap is older than 0.8, if /proc is mounted with hidepid, if the host has
-#   more than about 20,000 mounts (see MAX_PROCESS_FILE_BYTES), or if each of its threads
-#   starts the next one and ends, before codebot can read the thread's mounts.
+#   has 0) prevents both. Without it, codebot may not find such an agent or filter if bwrap
+#   is older than 0.8, if /proc is mounted with hidepid, or if the host has more than about
+#   20,000 mounts (see MAX_PROCESS_FILE_BYTES). codebot may also miss an agent or filter
+#   whose threads each start the next one and end before codebot can read their mounts.
 #
 # Known limitations of a launcher and of other sandboxes:
-# - In other sandboxes, codebot finds what a command left running as without a sandbox.
+# - In other sandboxes, codebot finds only by CODEBOT_RUN what a command left running, as
+#   without a sandbox.
 # - With a launcher, the node sees the work directory. codebot determines on this host which
 #   directories bwrap hides, and bwrap's version. A directory that exists only on the node
 #   is not hidden there. On the node, an agent may outlive bwrap (see
@@ -2041,8 +2043,8 @@ NO_SANDBOX_WARNING = (
     "can, including the keys and the database"
 )
 
-# Runs its arguments with a score by which the kernel, when memory runs out, ends them
-# before codebot, even if codebot is the larger process, as when /dev/shm was filled.
+# Runs its arguments with a score: when memory runs out, the kernel ends them before
+# codebot, even if codebot is the larger process, as when /dev/shm was filled.
 OOM_SCRIPT = '{ echo 500 >/proc/self/oom_score_adj; } 2>/dev/null; exec "$@"'
 
 
@@ -2069,7 +2071,7 @@ def home_directories() -> set[str]:
     A home that holds a system directory is left out. (In a container, HOME may be /.)
     """
     homes = {os.path.expanduser("~")}
-    with contextlib.suppress(KeyError):  # a container may use a number without account
+    with contextlib.suppress(KeyError):  # a container's user may have no account
         homes.add(pwd.getpwuid(os.getuid()).pw_dir)
     return {
         home
@@ -2112,7 +2114,7 @@ def needed_files(config: Config, options: Mapping[str, str]) -> Iterator[str]:
 
     ``options`` has the mount option of each hidden directory and each tool directory. Words
     that are not absolute paths, such as a proxy's address, are skipped. Directories are not
-    shown, because they could hold private files. Neither are .env and keys.
+    shown, because they could hold private files. .env and keys are not shown, either.
     """
     program = shutil.which(config.claude_command[0], path=config.search_path) or ""
     words = [program, *config.claude_command[1:]]
@@ -2132,7 +2134,7 @@ def needed_files(config: Config, options: Mapping[str, str]) -> Iterator[str]:
 
 
 # What an agent in bwrap sees at a path. Of the places below that contain the path, the
-# innermost counts; of two lines for the same place, the lower line.
+# innermost counts. Of two lines for the same place, the lower line counts.
 # Sandbox.bwrap_command mounts /, /dev, /proc and /tmp; sandbox_mounts lists the others.
 #   read-only   /      everything that is not listed here
 #   its own     /dev and /proc, which bwrap makes for the sandbox
@@ -2160,8 +2162,8 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> dict[st
         options[f"{workspace_path}/{part}"] = WRITABLE
     # An agent can write to hidden directories, which are empty at first, and to /tmp. It
     # could rename or replace the directories that bwrap makes there for a mount. Then
-    # processes_in_workspaces would miss its mounts. /tmp still has at the next command
-    # what an agent has put there, and bwrap before 0.12 would follow a symlink there
+    # processes_in_workspaces would miss its mounts. What an agent has put into /tmp is
+    # still there at the next command, and bwrap before 0.12 would follow a symlink there
     # (CVE-2026-87766). So each of these directories becomes a mount, which cannot be
     # renamed.
     for path in [*options]:
@@ -2177,7 +2179,7 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> dict[st
 
 @contextlib.contextmanager
 def scratch_workspace(work_dir: str) -> Iterator[str]:
-    """Make a workspace without a repository, whose "objects" stands in for a mirror's."""
+    """Make a workspace without a repository. Its "objects" is used like a mirror's."""
     prefix = "scratch_codebot_"  # REMOVABLE_RE knows it, and what tempfile appends
     with tempfile.TemporaryDirectory(prefix=prefix, dir=work_dir) as directory:
         for part in (*WORKSPACE_PARTS, "objects"):
@@ -2213,7 +2215,7 @@ class Sandbox:
                 for word in self.config.sandbox
             ]
         # git in the sandbox may use the configuration in the agent's HOME; git outside may
-        # not (see Workspace.environment). `env -u` would take a path with = for a variable.
+        # not (see Workspace.environment). `env -u` would read a path with = as a variable.
         script = f"unset GIT_CONFIG_GLOBAL; {OOM_SCRIPT}"
         return [*wrapper, "sh", "-c", script, "sh", *argv]
 
@@ -2230,7 +2232,7 @@ class Sandbox:
             if option != HIDDEN:
                 argv.append(path)
         # The network is the host's, because the agent has to reach the model. Only with a
-        # launcher: --new-session keeps the agent from typing into a terminal on the node.
+        # launcher: --new-session prevents an agent from typing into the node's terminal.
         argv += ["--unshare-pid", "--unshare-ipc", "--new-session", "--cap-drop", "ALL"]
         if self.disable_userns:
             # If codebot is root, the agent could otherwise make a user namespace, and mount
@@ -2353,16 +2355,16 @@ def processes_in_workspaces(path: str) -> list[int]:
     The kernel ends these processes together with bwrap. But an agent can prevent this: it
     attaches to the first process, as a debugger does, and has that process call
     prctl(PR_SET_PDEATHSIG, 0). An agent can also change the environment of processes in
-    bwrap. So they are found by their mounts, which it cannot change from bwrap 0.8 on, nor
-    rename: see sandbox_mounts.
+    bwrap. So they are found by their mounts, which it cannot rename (see sandbox_mounts)
+    and, from bwrap 0.8 on, cannot change.
     """
     # A line of mountinfo: "36 35 8:1 /srv/w/task_1/repo /srv/w/task_1/repo rw - ext4
     # /dev/sda1 rw". The mount point is what comes before rw or ro and, unlike the device,
     # before the dash. A blank is written \040, a backslash \134.
     path = path.replace("\\", "\\134").replace(" ", "\\040")
-    # It begins with a fixed text, by which re finds a match much faster.
+    # The pattern begins with a fixed text, which makes the search much faster.
     pattern = rf" {re.escape(path)}(/(task|scratch)_[^/ ]+)?/repo r[ow].* - "
-    # Any thread will do, but a main thread that has ended has no mounts anymore.
+    # The file of one thread is enough. A main thread that has ended has no mounts anymore.
     process_ids = find_processes("task/[0-9]*/mountinfo", pattern)
     # If codebot itself is found, the mount is the host's, and every process has it.
     return [] if os.getpid() in process_ids else process_ids
