@@ -2380,8 +2380,8 @@ def processes_in_workspaces(path: str) -> list[int]:
 # - The App's key can do whatever the App may do at GitHub, and a repository's token can
 #   write to every branch that is not protected. `check` reports permissions that the App
 #   lacks, but not permissions that it should not have.
-# - A pull request that somebody else opens for codebot's branch, before codebot does, is
-#   taken for codebot's own, with its text and base.
+# - If somebody else opens a pull request for codebot's branch before codebot does, codebot
+#   treats it as its own, and leaves its text and base as they are.
 # - Pull requests are the App's. So a person who asked for a change may approve it, even
 #   where GitHub lets nobody approve their own.
 # - If the address of GitHub is http://, for a tunnel on this machine, an agent can listen
@@ -2723,7 +2723,7 @@ class GitHub:
         now = int(self.github_time())
         expiry = now + 540
         header = {"alg": "RS256", "typ": "JWT"}
-        # 60 seconds ago: GitHub rejects a JWT that its own clock puts into the future.
+        # 60 seconds ago: by GitHub's clock, the time of a JWT must not be in the future.
         claims = {"iat": now - 60, "exp": expiry, "iss": self.config.app_id}
         parts = [base64url(json.dumps(part).encode()) for part in (header, claims)]
         signed = ".".join(parts)
@@ -2962,7 +2962,7 @@ class GitHub:
                 yield github_repository
 
     def repository_by_name(self, full_name: str) -> GitHubRepository:
-        """Return the repository with this name, even if it has been renamed since."""
+        """Return the repository that has this name, or had it before it was renamed."""
         payload = self.call(f"/repos/{full_name}", LOOKUP).value
         return GitHubRepository(self, payload)
 
@@ -2994,7 +2994,7 @@ class GitHubRepository:
     def post(
         self, path: str, body: Json, find_existing: Callable[[], Json] = do_nothing
     ) -> Json:
-        """Post ``body``, unless ``find_existing`` finds that an earlier request did."""
+        """Post ``body``, unless ``find_existing`` finds what an earlier request posted."""
         whole_path = f"{self.api_path}{path}"
         return self.github.call(whole_path, self.id, body, find_existing).value
 
