@@ -3173,7 +3173,7 @@ class GitHubRepository:
 # - A login that this configuration puts into a URL (url.*.insteadOf) is in an argument of
 #   git's, which other users of this host can read.
 # - If a client names a local repository to which an agent can write, hooks that the agent
-#   plants there run as codebot's user, outside the sandbox, when git pushes. codebot
+#   writes there run as codebot's user, outside the sandbox, when git pushes. codebot
 #   refuses paths in its own work directory. It accepts paths in other directories (such as
 #   those that `run` leaves in /tmp) and ssh addresses that lead to its own by another path.
 # - If git is older than 2.45.1 (or than the first safe release of its series: 2.39.4,
@@ -3185,17 +3185,16 @@ class GitHubRepository:
 #   repository may keep a lock or lose the branch: git does not flush the names of files.
 
 # gc is off, because workspaces read the mirror's objects. Redirects are off, because they
-# would carry the token to another host. git gives up on a server that, for 300 seconds,
-# sends less than a byte a second or only git's keep-alives. `core.fsync` (git 2.36) keeps
-# a power cut from emptying objects and branches. With unpackLimit=1, each fetch is kept as
-# one pack.
+# would carry the token to another host. git fails if a server, for 300 seconds, sends less
+# than a byte a second or only git's keep-alives. With `core.fsync` (git 2.36), a power cut
+# does not empty objects and branches. With unpackLimit=1, each fetch is kept as one pack.
 GIT = shlex.split(
     "git -c gc.auto=0 -c maintenance.auto=false -c core.fsync=all"
     " -c http.followRedirects=false -c http.lowSpeedLimit=1 -c http.lowSpeedTime=300"
     " -c core.quotePath=false -c core.hooksPath=/dev/null -c fetch.unpackLimit=1"
 )
 # --no-write-commit-graph overrides the host's configuration (with --no-github): a killed
-# git would leave a lock in the mirror that fails every fetch of something new.
+# git would leave a lock in the mirror, and every fetch of something new would fail.
 GIT_FETCH = shlex.split(
     "fetch --quiet --no-tags --no-recurse-submodules --no-write-fetch-head"
     " --no-write-commit-graph"
@@ -3285,7 +3284,7 @@ def parse_repository_url(config: Config, url: str) -> Repository:
 # These are refused:
 #   https://u@host/a                only an ssh host may have a user
 #   https:///u@host/a               curl ignores a third slash
-#   -a  u@host:-a  ssh://u@-a/b     git or ssh could take it for an option
+#   -a  u@host:-a  ssh://u@-a/b     git or ssh could read it as an option
 #   ssh://`a`/b  ssh://%0a@host/a   ssh may put such a name into a shell's command line
 #   file://host/a  file:///a%2eb    git and codebot could disagree on the path
 PLAIN_REMOTE_RE = re.compile(
@@ -3303,14 +3302,14 @@ PLAIN_REMOTE_RE = re.compile(
 def require_outside_work_dir(config: Config, path: str) -> None:
     """Raise ValueError if a path leads into the work directory, /proc or /dev.
 
-    In a repository there, an agent could plant hooks.
+    In a repository there, an agent could write hooks.
     """
     try:
         resolved = os.path.realpath(path)
     except OSError:  # another user's /proc/PID/cwd, in older Python
         raise ValueError("must be a path that codebot can read") from None
-    # The path where it leads now, and the path as written: a symlink in it may change.
-    # The kernel takes //proc for /proc; is_inside does not.
+    # The path as written, and the path where it leads now: a symlink in it may change.
+    # For the kernel, //proc is /proc; for is_inside, it is not.
     for spelling in (re.sub("/+", "/", path), resolved):
         # Paths such as /proc/self/cwd lead to the work directory by another name.
         for directory in (config.work_dir, "/proc", "/dev"):
@@ -3328,7 +3327,7 @@ def parse_plain_remote(config: Config, url: str) -> Repository:
     # git decodes %2e only in URLs. Here it is decoded in every remote: that refuses a few
     # harmless names such as /srv/%2e%2e, and accepts nothing more.
     decoded_url = urllib.parse.unquote(url)
-    # Some servers take \ for /, and ignore what follows a ;
+    # Some servers read \ as /, and ignore what follows a ;
     if re.search(r"[/:\\]\.\.?([/?#;\\]|$)", decoded_url):
         raise ValueError("must not have . or .. in its path")
     if f"{config.work_dir}/" in f"{decoded_url}/":  # also in an ssh address
@@ -3409,8 +3408,8 @@ def remote_environment(config: Config, token: str) -> dict[str, str]:
     }
 
 
-# The exception for a failure of git that contacts the remote. All of this, down to
-# TOKEN_RETRY_DELAY, decides only whether something is tried again. Of these lines, the
+# The exception for a failure of git that contacts the remote. Everything from here to
+# TOKEN_RETRY_DELAY decides only whether something is tried again. Of these lines, the
 # first that applies counts. run_git applies the one about signals, remote_failure the
 # others. (Before all of these, run_program raises TransientError for a shortage on this
 # host, and LimitReached, which git_with_token turns into GitFailed.)
@@ -3430,13 +3429,13 @@ AUTH_FAILED_RE = re.compile(
     "could not read (Username|Password)|Invalid username or token|Authentication failed"
 )
 # HTTP 403, ssh, and HTTP 404: GitHub does not show a private repository to a token that is
-# so new that parts of GitHub do not know it yet. (Between the blanks was the URL.)
+# so new that parts of GitHub do not know it yet. (The URL was between the blanks.)
 ACCESS_DENIED_RE = re.compile(
     r"returned error: 403|Permission denied \(|repository  not found"
 )
 TRANSIENT_GIT_ERROR_RE = re.compile(
-    # Whatever keeps git from an http(s) server, in curl's words, except a wrong setting and
-    # a refusal by the server or by a proxy. ("Permission denied": git cannot read a file of
+    # git cannot reach an http(s) server, in curl's words, except after a wrong setting or a
+    # refusal by the server or by a proxy. ("Permission denied": git cannot read a file of
     # its configuration.) A bad certificate counts, too: finished work is retried for
     # RETRY_LIMIT.
     "^fatal: unable to access : (?!URL |Unsupported proxy|error (reading|setting)"
@@ -3448,7 +3447,7 @@ TRANSIENT_GIT_ERROR_RE = re.compile(
     "|Timeout, server "  # of ssh, with ServerAliveInterval
     # git lost the connection while it was in use.
     "|RPC failed|early EOF|hung up|unexpected disconnect|Broken pipe|expected flush after"
-    # A branch was deleted after the remote listed it, or one of its servers lags behind.
+    # A branch was deleted after the remote listed it, or a server there has old data.
     "|not our ref"
     # The remote is overloaded, or fails in the middle of its answer.
     "|due to load|rate limited by|bad pack header"
@@ -3461,7 +3460,7 @@ REFUSED_PACK_RE = re.compile("^remote: fatal: (pack exceeds|fsck error)", re.MUL
 #   commit_refs, (failure)           of GitHub
 #   due to timeout                   GitHub looked too long for changed workflows
 #   unpacker error, unable to ...    the disk may be full (unless REFUSED_PACK_RE matches)
-#   internal ... error               of GitLab or Gitea, or of its hook, which asks it
+#   internal ... error               of GitLab or Gitea, or of their hook, which asks them
 #                                      ("Internal API" alone may be part of a rule's name)
 #   cannot lock, already exists      the branch is locked, by another push or by a killed
 #                                      one, whose lock somebody has to remove. (In reftable,
@@ -3532,7 +3531,7 @@ class GitDirectory:
     def create(self) -> None:
         """Make the repository, which is empty and on disk afterward."""
         self.local_git("init", "--quiet", "--bare", "--template=")
-        for name in ("HEAD", "config"):  # git init does not, whatever core.fsync says
+        for name in ("HEAD", "config"):  # git init does not do so, despite core.fsync
             save_on_disk(f"{self.path}/{name}")
 
     def local_git(
@@ -3667,7 +3666,7 @@ class Mirror(GitDirectory):
         return error
 
     def remove_stale_files(self) -> None:
-        """Remove what a killed git left. The lock must be held: it keeps other gits out."""
+        """Remove what a killed git left. No other git may run: the lock must be held."""
         for pattern in STALE_FILES:
             for path in find_paths(self.path, pattern):
                 os.unlink(path)
@@ -3718,7 +3717,7 @@ class Mirror(GitDirectory):
         """Return a branch's name and its tip at the remote, which the mirror then has.
 
         Nothing is fetched if the mirror's branch contains that tip. (If the remote's branch
-        was reset to an older commit, the mirror's stays ahead.) Raises BranchNotFound.
+        was reset to an older commit, the mirror's is not.) Raises BranchNotFound.
         """
         # git needs this directory if the host's configuration has an includeIf "gitdir:".
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
@@ -3743,7 +3742,7 @@ class Mirror(GitDirectory):
         """Create the mirror, unless this repository already has one. The lock must be held.
 
         The mirror of another repository, which had this name before, is discarded, so that
-        no agent can read it. (With --no-github, codebot cannot tell the two apart.)
+        no agent can read it. (With --no-github, codebot cannot distinguish the two.)
         """
         repository_id = "unknown"  # with --no-github
         if repository.github_repository is not None:
