@@ -3791,8 +3791,8 @@ class Mirror(GitDirectory):
 #   that still have the label become tasks again.
 # - If an older or another database is put in place, the cleanup removes the workspaces and
 #   outboxes that this database does not know.
-# - A job waits for its retry by the host's clock. If that is set back, it waits that much
-#   longer, even after a new start. Cancelling a task ends its wait.
+# - A job waits for its retry by the host's clock. If the clock is set back by an hour, the
+#   job waits an hour longer, even after a new start. Cancelling a task ends its wait.
 
 # What a retry depends on: the limits below, and these columns of jobs (see SCHEMA).
 #   column            becomes         when
@@ -3805,7 +3805,7 @@ class Mirror(GitDirectory):
 #                     0               an agent starts (Workspace.run_work), or work is saved
 #   not_before        in RETRY_DELAY  a transient error ends a run; later if GitHub says so
 #                     0               a crash or a stop ends a run
-# A stop that a second signal cuts short counts as a crash.
+# A stop that a second signal ends early counts as a crash.
 # An example: a task has stored its commit, and GitHub does not answer from 12:00 on.
 #   12:00   the push fails: transient_since = 12:00, not_before = 12:01
 #   12:01   the same each minute; interruptions stays 0, because no agent has to run again
@@ -3869,8 +3869,8 @@ CREATE TABLE jobs (
     --   ''                    not classified yet. While the job is also pending, the
     --                         reviewer's next comments join it.
     --   'question', 'change'
-    --   'unclear'             codebot asks back. Also of a review that failed before it was
-    --                         classified (it has an error): see store_failure
+    --   'unclear'             codebot asks what to do. Also of a review that failed before
+    --                         it was classified (it has an error): see store_failure
     --   'none'                nothing, for example thanks
     --   'limit'               not classified: the pull request has used up its reviews of
     --                         the last 24 hours
@@ -3946,8 +3946,8 @@ CREATE TABLE totals (
     checks INTEGER NOT NULL -- only so that try_writing has something to change
 );
 INSERT INTO totals (seconds, dollars, checks) VALUES (0, 0, 0);
--- The pending jobs, due or not, that no older job of their task holds up. A task and the
--- reviews of its pull request share a workspace and an outbox: they run one by one.
+-- The pending jobs, due or not, that need not wait for an older job of their task. A task
+-- and the reviews of its pull request share a workspace and an outbox: they run one by one.
 CREATE VIEW next_jobs AS
     SELECT id, kind, not_before, transient_since, seq FROM jobs
     WHERE status = 'pending'
@@ -4367,7 +4367,7 @@ class Store:
     def claim(self, job_id: str) -> Job | None:
         """Start a job and return it.
 
-        Returns None if it is not pending, not due, or behind an older job of its task.
+        Returns None if it is not pending or not due, or waits for an older job of its task.
         """
         values = {"id": job_id, "now": time.time()}
         with self._transaction() as db:
@@ -4409,7 +4409,7 @@ class Store:
                 """
                 UPDATE jobs SET
                     interruptions = interruptions + :interruptions,
-                    -- A task that is to be cancelled starts again only to end.
+                    -- A task that is to be cancelled starts at once, and then ends.
                     not_before = CASE cancel_requested WHEN 0 THEN :not_before ELSE 0 END,
                     transient_since = CASE
                         WHEN :not_before > 0 AND transient_since = 0 THEN :now
@@ -4428,7 +4428,7 @@ class Store:
     def requeue_interrupted(self, interruptions: int) -> None:
         """Requeue all running jobs. ``interruptions`` is 1 after a crash, 0 at a stop.
 
-        For all pending jobs, the time limit for retries begins anew, because the time
+        For all pending jobs, the time limit for retries begins again, because the time
         without a server must not count.
         """
         running = self._read(only_value, "SELECT id FROM jobs WHERE status = 'running'")
@@ -4686,7 +4686,7 @@ class Store:
     def queue_comments(self, task_id: str, comments: Iterable[Comment]) -> bool:
         """Add new comments to reviews. Returns whether any comment is new.
 
-        A comment joins its reviewer's waiting review: see find_or_create_review. Comments
+        A comment joins its reviewer's pending review: see find_or_create_review. Comments
         by codebot, and those that the store has already, are ignored.
         """
         has_new = False
@@ -4737,8 +4737,8 @@ class Store:
     def delete_review(self, job_id: str) -> None:
         """Delete a running review that is skipped.
 
-        Its comments stay, so that they are not queued again, but without a job and without
-        the text, which anybody may have written: it must not fill the disk.
+        Its comments stay, so that they are not queued again. They lose their job and their
+        text, which anybody may have written: it must not fill the disk.
         """
         values = {"id": job_id}
         with self._transaction() as db:
@@ -4848,8 +4848,9 @@ class Store:
     def retained_directories(self, retention: float) -> set[str]:
         """Return the names of the workspaces that must be kept.
 
-        An unfinished job keeps its task's workspace. After its last job, it is kept for
-        ``retention`` seconds, unless the pull request is closed or merged.
+        A task's workspace is kept while a job of the task is unfinished. After the last
+        job, it is kept for ``retention`` seconds, unless the pull request is closed or
+        merged.
         """
         directories = self._read(
             only_value,
@@ -4866,7 +4867,7 @@ class Store:
         """Delete old logs, and old tasks without an open pull request.
 
         Each call deletes at most 5,000 events and 100 tasks, because other writers wait.
-        What is left, the next call deletes.
+        The next call deletes what is left.
         """
         cutoff = utc_time(seconds_ago=retention)
         self._write(
