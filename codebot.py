@@ -4940,7 +4940,7 @@ def take_work_dir(config: Config) -> None:
             "running, task_*/repo and task_*/tmp in it can be removed."
         )
     # The database has its own lock, because it may be in another server's work directory.
-    # If its directory is missing, it is not made: its disk may not be mounted.
+    # A missing directory is not made: its disk may not be mounted.
     lock_path = f"{config.database_file}.lock"
     hold_lock(lock_path, "CODEBOT_DATABASE", make_directory=False)
     require_database(config)
@@ -4964,7 +4964,7 @@ def require_plain_path(path: str, setting_name: str) -> None:
 def require_own_directory(directory: str, setting_name: str) -> None:
     """Raise ConfigError unless a directory belongs to codebot's user or to root."""
     owner = os.stat(directory).st_uid
-    # Even if codebot runs as root: the owner could not open files that it makes here.
+    # This also applies to root: the owner could not open files that codebot makes here.
     if owner not in (0, os.geteuid()):
         raise ConfigError(
             f"{directory} belongs to user {owner}. Run codebot as that user, or use "
@@ -5227,7 +5227,7 @@ class JobRun:
         until_database_works(self.store.save_progress, self.job)
 
     def save_work(self, **changes: Any) -> None:
-        """Store work that no retry will repeat. The limits of retries begin anew."""
+        """Store work that no retry will repeat. The limits of retries begin again."""
         self.update(interruptions=0, transient_since=0.0, **changes)
         self.agent_ran_since_save = False
 
@@ -5242,7 +5242,7 @@ class JobRun:
     def time_left(self) -> float:
         """Return the seconds left in this run for the agent and the tests, in all attempts.
 
-        The first call starts the clock: at the checkout or, in a review, when it is
+        The time begins with the first call: at the checkout or, in a review, when it is
         classified. A slow fetch before that does not count.
         """
         if self.deadline is None:
@@ -5288,15 +5288,15 @@ class JobRun:
 #   could have changed the tests, and files in HOME that they read. Code that the tests run
 #   can make the command, or bwrap, exit with 0. The workspace also has files that git
 #   ignores, and files in submodules, which the commit lacks. With a filter, another setting
-#   of git's or a mark in its index, an agent can have other contents committed than were
-#   tested. codebot inspects those committed.
+#   of git's or a mark in its index, an agent can make the committed contents differ from
+#   the tested ones. codebot inspects the committed ones.
 # - If files break the repository's own .gitattributes (`text`, `eol`, `ident` or
 #   `working-tree-encoding`), codebot commits what git makes of them, even if nobody changed
 #   them.
 # - A change may set a submodule that the repository already has to any commit.
 # - The agent can leave programs in a workspace, and have its .git/config start them.
-#   codebot runs git there in the sandbox only. Outside of it, even `git status` would run
-#   those programs, as the user who types it; so would an editor or a build.
+#   codebot runs git there in the sandbox only. Outside of it, even `git status`, an editor
+#   or a build would run those programs, as the user who starts it.
 # - A change is not pushed if its diff exceeds 1 GiB, without contents of deleted files.
 
 # The largest pack of a change that Workspace.reapply reads into memory.
