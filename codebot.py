@@ -2288,8 +2288,8 @@ class Sandbox:
             f"The sandbox does not start: {problem}. Install bubblewrap (apt "
             "install bubblewrap) if it is missing, or correct CODEBOT_SANDBOX or "
             "CODEBOT_LAUNCHER if you have set them; for other causes, see README, "
-            '"Troubleshooting"; or accept an agent that can read codebot\'s secrets with '
-            "CODEBOT_SANDBOX=none."
+            '"Troubleshooting"; or set CODEBOT_SANDBOX=none and accept an agent that can '
+            "read codebot's secrets."
         )
 
     def require_hideable_directories(self) -> None:
@@ -4183,7 +4183,7 @@ class Store:
             self.try_writing()  # SQLite opens a read-only file without an error
         except sqlite3.Error as error:
             raise ConfigError(
-                f"The database {path} cannot be used: {error}. End programs that hold "
+                f"The database {path} cannot be used: {error}. End programs that use "
                 "it, make it writable, and free space on its disk; if it is damaged, use "
                 "a new --work-dir (and CODEBOT_DATABASE, if that is set)."
             ) from None

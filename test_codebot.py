@@ -19357,8 +19357,8 @@ MISTAKES = {
         "The sandbox does not start: nosuch-podman: no such file or directory. Install "
         "bubblewrap (apt install bubblewrap) if it is missing, or correct CODEBOT_SANDBOX "
         "or CODEBOT_LAUNCHER if you have set them; for other causes, see README, "
-        '"Troubleshooting"; or accept an agent that can read codebot\'s secrets with '
-        "CODEBOT_SANDBOX=none.",
+        '"Troubleshooting"; or set CODEBOT_SANDBOX=none and accept an agent that can '
+        "read codebot's secrets.",
         {"CODEBOT_SANDBOX": "nosuch-podman run"},
     ),
     "bwrap missing": Mistake(
@@ -19422,7 +19422,7 @@ MISTAKES = {
     ),
     "database is no database": Mistake(
         "The database DIR/work/codebot.db cannot be used: file is not a database. End "
-        "programs that hold it, make it writable, and free space on its disk; if it is "
+        "programs that use it, make it writable, and free space on its disk; if it is "
         "damaged, use a new --work-dir (and CODEBOT_DATABASE, if that is set).",
         files={"work/codebot.db": "junk\n" * 200},
     ),
