@@ -5306,7 +5306,7 @@ MAX_CHANGE_BYTES = 256 << 20
 # does not know GIT_CONFIG_GLOBAL.) `g` is git without hooks, fsmonitor, signing, gc and
 # sparse checkout, for scripts that use the agent's .git. It takes the files of this
 # directory, as the tests do, even if the agent has set core.worktree or core.bare. (The
-# checkout makes a new .git.) UPLOAD_SCRIPT contains this, too.
+# checkout makes a new .git, so it needs no `g`.) UPLOAD_SCRIPT contains this, too.
 GIT_FUNCTION = """
 export GIT_CONFIG_GLOBAL=/dev/null XDG_CONFIG_HOME=/nonexistent
 for lock in .git/index.lock .git/HEAD.lock; do
@@ -5339,7 +5339,7 @@ g add -A >&2 && g write-tree
 RESTORE_SCRIPT = """
 restore() {
     g read-tree "$1" && g checkout-index -q -f -a && g clean -q -ff -d &&
-        g clean -q -ff -d # what a .gitignore that is now removed has kept
+        g clean -q -ff -d # again: the first one may have removed a .gitignore
 }
 if ! restore "$1" 2>/dev/null; then
     chmod -R u+rwX . # the test may have made directories unwritable, even .git
@@ -5357,11 +5357,11 @@ g update-ref --no-deref HEAD "$commit" && # not the branch, which may be locked
 exec git upload-pack "$3"
 """
 # Reads a pack with the commit $1 from standard input, and cherry-picks that commit. If that
-# conflicts, prints the names of the files in conflict. Files that break the repository's
+# conflicts, prints the names of the files in conflict. Files that break the rules of
 # .gitattributes would count as changed, and git overwrites no changed file. So they are
-# added first. With renormalize, git merges all versions as if they kept the rules. That is
-# tried only after a conflict, because with `text=auto` it changes line ends that `git add`
-# keeps.
+# added first. With renormalize, git merges all versions as if they kept these rules. That
+# is tried only after a conflict, because with `text=auto` it changes line ends that
+# `git add` keeps.
 APPLY_SCRIPT = """
 pick() {
     g -c merge.directoryRenames=true -c merge.renormalize="$2" \\
@@ -5408,7 +5408,7 @@ class DiffScanner:
         # Removed lines and hunk headings are left out. With --unified=0, the rest are added
         # lines, and headers with the names of files.
         new = [line for line in lines if not line.startswith(("-", "@@"))]
-        has_secret = redact.has_secret("\n".join(new))  # one call, as it is slow
+        has_secret = redact.has_secret("\n".join(new))  # one call, because each is slow
         fault = ""
         for line in new:
             if line.startswith("diff --git "):
@@ -5427,7 +5427,7 @@ class Workspace:
     """The directory in which a job's agent works, and the outbox beside it.
 
     A task and its reviews have the same path, by which the CLI finds the session, and the
-    same home, which holds the session. Each job makes the rest anew, so that nothing that
+    same home, which holds the session. Each job makes the rest again, so that nothing that
     an agent left in .git reaches the next job.
     """
 
@@ -5672,7 +5672,7 @@ class Workspace:
         for fault in ("LineLength", "Large"):
             args += ["-c", f"fetch.fsck.gitattributes{fault}=ignore"]
         # git fetch has sh run this: bwrap … -- sh -c … '/…/repo'. The repository is a URL,
-        # not a path: at a path, git would take a file for a bundle and read it outside the
+        # not a path: a file at a path may be a bundle, which git would read outside the
         # sandbox, and before 2.46 without fsck. (In bwrap, repo is a mount, which the agent
         # cannot replace.)
         upload = self.sandboxed(
