@@ -5921,7 +5921,7 @@ class AgentOptions(NamedTuple):
     """The CLI's options for one kind of run: what it may do, and how it answers."""
 
     arguments: Sequence[str]
-    max_turns: int = 0  # 0: no limit but the operator's
+    max_turns: int = 0  # 0: only the operator's limit, if any
 
 
 # For a run that may change files, and for one that only reads
@@ -5990,7 +5990,7 @@ CONTINUE_SESSION = "--resume"
 PREPARE_HOME_SCRIPT = """
 set -e # a file that cannot be removed must not be obeyed
 if [ "$HOME" = "$1" ]; then # a sandbox may have set another one, which is not codebot's
-    chmod u+rwx "$HOME" || : # it only helps rm, which decides
+    chmod u+rwx "$HOME" || : # it only helps rm, whose failure counts
     if [ -L "$HOME/.claude" ]; then rm "$HOME/.claude"; fi # it may lead anywhere
     rm -rf "$HOME/.claude.json"
     if [ -d "$HOME/.claude" ]; then
@@ -6144,8 +6144,8 @@ class AgentRun:
         texts = [result.get("result")]
         if isinstance(result.get("errors"), list):
             texts += result["errors"]
-        # The CLI reports a crash on standard error, and prints little else there. Only with
-        # a launcher: its messages may be there, too, so standard error comes last.
+        # The CLI reports a crash on standard error, and prints little else there. With a
+        # launcher, its messages may be there, too, so standard error comes last.
         crash = program.error if program.stderr else ""
         words = [crash, self.last_message]
         if self.run.config.launcher:
@@ -6184,8 +6184,8 @@ class AgentRun:
             code = f"{code}: it was killed, perhaps because memory ran out"
         message = f"The agent failed ({code}): {error}"
         # At the first turn, the model has rejected the session itself, as invalid (400) or
-        # too long (400 or 413). It would do so each time: for example, if another account
-        # has signed the session's thoughts. (Without credit, the ending is the same.)
+        # too long (400 or 413). It would do so each time: for example, if thinking blocks
+        # were signed for another account. (If no credit is left, the ending is the same.)
         ending = (result.get("api_error_status"), result.get("num_turns"))
         if ending in ((400, 1), (413, 1)):
             return SessionUnusable("agent_failed", message)
@@ -6255,7 +6255,7 @@ def remaining_budget(run: JobRun) -> float:
 
 
 def agent_command(run: JobRun, options: AgentOptions, session_option: str) -> list[str]:
-    """Return the CLI's command line. CODEBOT_CLAUDE_ARGS comes last, so it prevails.
+    """Return the CLI's command line. CODEBOT_CLAUDE_ARGS comes last, to override the rest.
 
     Raises JobFailed if the job's budget is used up.
     """
