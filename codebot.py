@@ -6316,7 +6316,7 @@ HTML_START_RE = re.compile(r"<(?=[A-Za-z/!?])(?!https?://[^<>\s]+>)")
 
 
 def quoted(speaker: str, text: str) -> str:
-    """Return untrusted text as a quote that cannot pass for codebot's own words."""
+    """Return untrusted text as a quote that cannot look like codebot's own words."""
     # Line ends of all kinds become "\n" first, because INVISIBLE_RE would remove some.
     text = "\n".join(text.splitlines())
     text = INVISIBLE_RE.sub("", text).strip()
@@ -6524,7 +6524,7 @@ def require_labeler_access(workspace: Workspace) -> None:
 
 
 def react_to_issue(workspace: Workspace) -> None:
-    """Show on the issue that its task has been picked up."""
+    """Show on the issue that its task has started."""
     number = workspace.run.job.issue_number
     github_repository = workspace.repository.github_repository
     if number and github_repository is not None:
@@ -6597,7 +6597,7 @@ def test_and_commit(workspace: Workspace, request: TaskRequest) -> str:
     try:
         workspace.collect_tree(tree)
         message = commit_message(run, request)
-        # The caller stores the id, to be pushed, only if inspect_commit raises no error.
+        # The caller stores the id and pushes it only if inspect_commit raises no error.
         commit_id = workspace.write_commit(tree, message)
         files = workspace.inspect_commit(commit_id)
     except GitFailed as error:
@@ -7009,7 +7009,7 @@ def classify(review: Review, text: str) -> None:
     prompt = f"Comments:\n{text}At GitHub, your login is {login}.\n"
     with scratch_workspace(run.config.work_dir) as path:
         directory = os.path.basename(path)
-        # The Workspace takes this for a mirror, whose "objects" is an empty directory here.
+        # To the Workspace, this is a mirror, whose "objects" is an empty directory here.
         # Nothing is committed, so the outbox, for which it also has a path, is never made.
         no_repository = Repository("", "", mirror_path=directory)
         workspace = Workspace(run, no_repository, directory)
@@ -7217,10 +7217,10 @@ def answer_body(job: Job, thread_key: str, comment: Comment) -> str:
 
 
 def own_words(job: Job, answer: str) -> str:
-    """Return codebot's own words, or "" if the agent's answer says it all."""
+    """Return codebot's own words, or "" if the agent's answer is enough."""
     if job.error:
         error = error_block(job.error)
-        advice = "To have it try again, comment again."
+        advice = "To make codebot try again, comment again."
         return f"codebot could not do this ({job.reason}):\n\n{error}\n{advice}"
     if job.commit_id:
         tests = "\n\nThe tests passed." if job.passed_attempt else ""

@@ -13508,7 +13508,7 @@ def test_failure_is_reported_before_the_next_review_runs(pull: Pull) -> None:
     assert pull.states() == ["failed", "completed"]
     reply = pull.reply(comment)
     assert "codebot could not do this (agent_failed):" in reply
-    assert "To have it try again, comment again." in reply
+    assert "To make codebot try again, comment again." in reply
     messages = pull.messages()
     assert f"git: Branch {pull.branch} at {before}" in messages
     reported = messages.index("phase: answer")
