@@ -7236,7 +7236,7 @@ def own_words(job: Job, answer: str) -> str:
 # --enable-polling at a fixed interval.
 #
 # Known limitations:
-# - Without --enable-polling, a lost delivery goes unnoticed until the next start, or until
+# - Without --enable-polling, a lost delivery is not noticed until the next start, or until
 #   something else has codebot look at the same issue or pull request.
 # - An edit of an issue is not noticed if it was made just before the label, or in the same
 #   or the next second. The person who labeled the issue may not have seen the edit. If the
@@ -7249,7 +7249,7 @@ def own_words(job: Job, answer: str) -> str:
 #   reopened or unlocked.
 #   Once a pull request has been closed for CODEBOT_TASK_RETENTION, codebot forgets it.
 # - A look reads all comments of a pull request, or all events of an issue, 50 at a time.
-#   Anybody who may comment, or who renames their own issue again and again, can make that
+#   Anybody who may comment, or who renames their own issue again and again, can add
 #   thousands. Then polls can use up GitHub's rate limit, which delays all work.
 # - If a repository is deleted, or taken out of the App's installation, the records of its
 #   pull requests that were open are kept, and each poll logs a warning about each.
@@ -7724,8 +7724,8 @@ def ending_after_system_error(run: JobRun, error: OSError) -> Ending:
 def reached_phase(job: Job) -> str:
     """Return the phase in which a job failed.
 
-    A retry of a job that has its commit is in no phase, or in "clone", at first. Then
-    the result is the last phase that an earlier run can have reached.
+    A retry of a job that has its commit is at first in no phase, or in "clone". If it
+    fails there, the result is the last phase that an earlier run can have reached.
     """
     if not job.commit_id or job.phase not in ("", "clone"):
         return job.phase
