@@ -8386,7 +8386,7 @@ def task_logs(
 ) -> Response | EventStream:
     """Return a task's events after a sequence number: Last-Event-ID, or else ``after``.
 
-    A JSON response has at most 1,000 events. An event stream has all, and those to come.
+    A JSON response has at most 1,000 events. An event stream has all, and later ones.
     """
     find_task(codebot, task_id)  # raises HTTPError if there is none
     [parameter] = request.parameters("after")
@@ -8843,9 +8843,9 @@ let openedTask = null; // the task in view
 // --- Requests
 
 // Returns the fields of a successful response. For any other, throws an Error with its
-// status; without a response in JSON, an Error without one.
+// status; without a response in JSON, an Error without a status.
 async function callApi(path, options = {}) {
-  // Not in Authorization, which may hold a password for a proxy in front of codebot.
+  // The key is not in Authorization: a proxy in front of codebot may want a password there.
   const headers = { 'X-API-Key': apiKey, ...options.headers };
   const signal = AbortSignal.timeout?.(RESPONSE_TIMEOUT); // not in browsers before 2022
   let response;
@@ -9381,7 +9381,7 @@ GET = ("GET", "HEAD")
 POST = ("POST",)
 TASK_PATH = "/api/tasks/(?P<task_id>[^/]+)"
 # Everything that the network can reach, with the guard that must let the request pass. A
-# route that needs no key takes no body, except that of GitHub's deliveries.
+# route that needs no key takes no body, except the one for GitHub's deliveries.
 ROUTES = (
     Route(GET, "/", allow_anyone, page, max_body=0),
     Route(GET, "/health", allow_anyone, health, max_body=0),
@@ -9422,7 +9422,7 @@ class ConnectionEntry:
 class ConnectionTable:
     """All open connections, with their states and how much of each body is in memory.
 
-    The table drops a connection that is late, or must make room: it shuts down the socket.
+    The table drops a connection if it is late, or to make room: it shuts down the socket.
     The connection's thread then gets an OSError, from the socket or from the table.
     """
 
@@ -9435,7 +9435,7 @@ class ConnectionTable:
         self._entries: dict[socket.socket, ConnectionEntry] = {}
 
     def add(self, connection: socket.socket) -> None:
-        """Add a waiting connection. Raises OSError if no other one can make room."""
+        """Add a waiting connection. Raises OSError if there is no room for it."""
         with self._lock:
             if len(self._entries) >= MAX_CONNECTIONS:
                 self.evict()
@@ -9600,7 +9600,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.command, self.path, self.request_version = self.requestline.split(" ")
         headers = parse_headers(self.request_version, lines)
         options = headers.get("connection", "").lower().replace(",", " ").split()
-        # An HTTP/1.0 client may take the end of the connection for the response's end.
+        # To an HTTP/1.0 client, the response may end only when the connection ends.
         self.close_connection = self.request_version == "HTTP/1.0" or "close" in options
         self.is_read = "content-length" not in headers
         return headers
@@ -9683,7 +9683,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.command == "HEAD":
                 return
             client = select.poll()
-            # Nothing is expected from the client but the end of the connection.
+            # Nothing is expected from the client except the end of the connection.
             client.register(self.connection, select.POLLIN)
             for messages in events:
                 self.write(messages)
@@ -9780,13 +9780,13 @@ class Server(http.server.ThreadingHTTPServer):
             ) from None
         self.server_port = self.server_address[1]
         # Accepting does not wait for the TLS handshake: Handler.handle performs it. Both
-        # are tested, because `check` goes on after it has reported that one is missing.
+        # settings are tested: `check` goes on after it has reported that one is missing.
         if config.tls_cert and config.tls_key:
             self.socket = tls_context(config).wrap_socket(
                 self.socket, server_side=True, do_handshake_on_connect=False
             )
-        # Kept, because without a reference Python closes the socket, as happens at the end
-        # of check_server.
+        # This is kept, because without a reference Python closes the socket. (That happens
+        # at the end of check_server.)
         self.other_address = reserve_other_address(config.host, self.server_port)
 
     def server_bind(self) -> None:
