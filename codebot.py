@@ -10122,15 +10122,15 @@ def stop_on_signals() -> None:
 
 
 def set_up_memory() -> None:
-    """Keep others from reading codebot's memory, and give back what is freed."""
+    """Keep others from reading codebot's memory, and return freed memory to the system."""
     if sys.platform == "linux":
         # This keeps an agent without a sandbox, unless it is root, from reading codebot's
         # memory and environment. Programs that codebot starts do not inherit this.
         c_library = ctypes.CDLL(None)
         c_library.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-        with contextlib.suppress(AttributeError):  # it is glibc's
-            # Large blocks go back to the system as soon as they are freed. By itself, glibc
-            # would keep them for their thread. So threads that have read a body, one after
+        with contextlib.suppress(AttributeError):  # only glibc has mallopt
+            # Large blocks go back to the system as soon as they are freed. glibc's default
+            # is to keep them for their thread. So threads that have read a body, one after
             # another, would together take far more than MAX_BUFFERED_BYTES.
             c_library.mallopt(M_MMAP_THRESHOLD, 128 << 10)
     # A core dump could hold a token, and be where an agent can read it.
@@ -10152,7 +10152,7 @@ def set_up_process(codebot: Codebot, level: int) -> None:
 
 
 def fork_watchdog(codebot: Codebot) -> None:
-    """Fork a process that ends what this one leaves running, however this one ends.
+    """Fork a process that ends what this one leaves running, even if this one is killed.
 
     The watchdog has the settings and all keys in memory, also those of the model, but no
     JWT, installation token, lock or database.
@@ -10538,10 +10538,10 @@ echo '{"type": "result", "subtype": "success", "num_turns": 1, "result": "Added 
 
 
 def demo_config(directory: str) -> Config:
-    """Return settings that need nothing on the host but git, sh, cat and grep."""
+    """Return settings that need only git, sh, cat and grep on the host."""
     return Config(
         api_keys=(uuid.uuid4().hex,),  # other users of this machine can also connect
-        # The stand-in agent must not change a real repository.
+        # The demo's agent must not change a real repository.
         allowed=(f"{glob.escape(directory)}/*",),
         claude_command=("sh", "-c", DEMO_AGENT_SCRIPT),
         sandbox=("none",),
@@ -10580,7 +10580,7 @@ def show_task(codebot: Codebot, port: int, fields: Mapping[str, str]) -> Job:
 
 
 def demo_command(flags: Flags) -> int:
-    """Show one task, with a stand-in for Claude, and leave nothing behind."""
+    """Show one task, with a script in place of Claude, and leave nothing behind."""
     if shutil.which("git") is None:
         raise ConfigError("The demo needs git on PATH. Install git.")
     with tempfile.TemporaryDirectory(prefix="codebot-demo-") as directory:
@@ -10599,14 +10599,14 @@ def demo_command(flags: Flags) -> int:
                 print(f"Repository:  {repository} (only this one can be used)")
                 print("Press Ctrl-C to end.")
                 while not STOP.wait(MAIN_INTERVAL):
-                    pass  # not one long wait, which a signal may not interrupt on macOS
+                    pass  # not one long wait: on macOS, a signal might not interrupt it
     return code
 
 
 def show_demo(codebot: Codebot, port: int, repository: str) -> int:
     """Run a task on the repository. Returns the exit code."""
     print(f"Repository:  {repository}")
-    print("Agent:       a shell script that stands in for Claude, without a sandbox")
+    print("Agent:       a shell script in place of Claude, without a sandbox")
     print(f"Server:      http://localhost:{port}/")
     fields = {
         "repository_url": repository,

@@ -20858,7 +20858,7 @@ def test_demo_shows_task_and_leaves_nothing(on_disk: Site) -> None:
     assert done.returncode == 0
     assert done.stderr == ""
     expected = r"""Repository:  /.*/hello\.git
-Agent:       a shell script that stands in for Claude, without a sandbox
+Agent:       a shell script in place of Claude, without a sandbox
 Server:      http://localhost:\d+/
 Task:        pending
 Task:        running \(clone\)
