@@ -6884,8 +6884,8 @@ def load_comments(review: Review) -> Review:
     """Return the review with the comments that it answers.
 
     Authors and texts come from GitHub, because a delivery is only a claim. If the review
-    is not classified yet, it takes in the reviewer's newer comments first. Those of others
-    are queued. Raises ReviewSkipped if there are no comments, or too many reviews.
+    is not classified yet, the reviewer's newer comments join it first. Those of others are
+    queued. Raises ReviewSkipped if there are no comments, or too many reviews.
     """
     run = review.run
     listed = list(review.github_repository.comments(review.task.pr_number))
@@ -7780,7 +7780,7 @@ def store_failure(run: JobRun, ending: Ending) -> None:
     run.log_event("codebot", f"Failed ({ending.reason}): {error}")
     run.save_work(
         commit_id="",
-        # With a kind, the review takes in no newer comments. They become another review.
+        # If a review has a kind, no newer comments join it. They become another review.
         request_kind=run.job.request_kind or "unclear",
         answers={},
         reason=ending.reason,
