@@ -5957,6 +5957,15 @@ def test_tests_alone_do_not_count_as_work_of_the_agent(local: LocalTask) -> None
     assert not local.run.agent_ran_since_save
 
 
+def test_agent_that_repairs_a_stored_commit_counts_as_paid_again(
+    local: LocalTask,
+) -> None:
+    local.run.save_work(commit_id="c0ffee")  # others pushed; its tests failed on top
+    local.run_agent(SAY_HELLO)
+    ending = codebot.ending_after_transient_error(local.run, "502")
+    assert ending.interruptions == 1
+
+
 @pytest.mark.parametrize(
     ("progress", "reason"),
     [
