@@ -294,8 +294,8 @@ WHERE THE DANGEROUS THINGS ARE
                             write_commit, inspect_commit, reapply and push; and all git
                             commands in the mirror, which fetches these objects once
                             they are pushed
-  removing directories      remove_tree; scratch directories and the demo's by
-                            tempfile; in the sandbox, Workspace's scripts
+  removing directories      remove_tree and try_to_remove; the demo's by tempfile; in the
+                            sandbox, Workspace's scripts
   fork and exec             fork_watchdog; serve_command, with --debug
   calls of the C library    set_up_memory
   SQL                       Store, and the steps of its transactions above it
@@ -499,6 +499,12 @@ def os_error_text(error: OSError) -> str:
 def find_paths(directory: str, pattern: str) -> list[str]:
     """Return paths as glob() does, also of dot files. ``directory`` is taken literally."""
     return [str(path) for path in pathlib.Path(directory).glob(pattern)]
+
+
+def try_to_remove(directory: str) -> None:
+    """Remove a directory. What cannot be removed, or is very deep, stays."""
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(directory, ignore_errors=True)  # it follows no symlink
 
 
 # --- Settings and secrets ----------------------------------------------------
@@ -2180,11 +2186,17 @@ def sandbox_mounts(config: Config, workspace_path: str, objects: str) -> dict[st
 @contextlib.contextmanager
 def scratch_workspace(work_dir: str) -> Iterator[str]:
     """Make a workspace without a repository. Its "objects" is used like a mirror's."""
-    prefix = "scratch_codebot_"  # REMOVABLE_RE knows it, and what tempfile appends
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=work_dir) as directory:
+    # REMOVABLE_RE knows this prefix, and what mkdtemp appends.
+    directory = tempfile.mkdtemp(prefix="scratch_codebot_", dir=work_dir)
+    try:
         for part in (*WORKSPACE_PARTS, "objects"):
             os.mkdir(f"{directory}/{part}")
         yield directory
+    finally:
+        # The next start removes what is left. TemporaryDirectory is not used: older Pythons,
+        # such as 3.11.7, would change the modes of files to which symlinks lead
+        # (CVE-2023-6597).
+        try_to_remove(directory)
 
 
 class Sandbox:
@@ -5048,8 +5060,7 @@ def remove_tree(config: Config, path: str) -> None:
     except LimitReached:
         pass  # some of it remains, most likely
     except OSError:  # a full disk may have no file left for the program's output
-        with contextlib.suppress(RecursionError):  # it is very deep
-            shutil.rmtree(path, ignore_errors=True)
+        try_to_remove(path)
     if os.path.lexists(path):
         raise TransientError(f"{path} cannot be removed")
 

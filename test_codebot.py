@@ -2563,7 +2563,7 @@ def test_no_section_uses_a_name_of_a_later_section() -> None:
         (r"_thread\.", "stop_on_signals"),
         (r"os\.killpg\(", "signal_group"),
         (r"os\.kill\(", "signal_processes"),
-        (r"rmtree\(", "remove_tree"),
+        (r"rmtree\(", "try_to_remove"),
     ],
 )
 def test_dangerous_thing_is_in_one_place(pattern: str, function: str) -> None:
@@ -5245,6 +5245,25 @@ def test_program_in_bwrap_ends_with_its_parent(tmp_path: Path) -> None:
             # The output is at its end when nothing is left that could write to it.
             assert select.select([process.stdout], [], [], 20)[0]
             assert process.stdout.read() == b""
+
+
+@not_as_root
+def test_removing_a_scratch_workspace_changes_no_file_outside(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.touch(0o644)
+    with codebot.scratch_workspace(str(tmp_path)) as workspace:
+        locked = Path(workspace, "home", "locked")
+        locked.mkdir()
+        (locked / "link").symlink_to(outside)
+        locked.chmod(0o500)
+    assert stat.S_IMODE(outside.stat().st_mode) == 0o644
+
+
+def test_deep_directory_in_a_scratch_workspace_does_no_harm(
+    deep_work_dir: Path,
+) -> None:
+    with codebot.scratch_workspace(str(deep_work_dir)) as workspace:
+        run_command(sys.executable, "-c", DEEP_DIRECTORY, f"{workspace}/home")
 
 
 @needs_bwrap
