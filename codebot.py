@@ -7897,19 +7897,15 @@ def remove_workspaces(codebot: Codebot) -> None:
     config = codebot.config
     # The directories are listed before the store is asked, so that it knows their jobs. A
     # review that starts after that, on a task past its retention, loses the task's
-    # directory, perhaps while it runs. It then begins a new session or fails; nothing wrong
-    # is pushed.
+    # directories, perhaps while it runs. It then begins a new session or fails; nothing
+    # wrong is pushed.
     paths = removable_paths(config.work_dir, "task")
+    paths += removable_paths(config.work_dir, "outbox")
     retained = codebot.store.retained_directories(config.retention)
+    retained |= {os.path.basename(outbox_path(config, name)) for name in retained}
     for path in paths:
         if os.path.basename(path) not in retained:
-            do_part(discard_workspace, config, path)
-
-
-def discard_workspace(config: Config, path: str) -> None:
-    # The outbox comes first: if this fails, only the workspace leads a later cleanup to it.
-    discard(config.work_dir, outbox_path(config, os.path.basename(path)))
-    discard(config.work_dir, path)
+            do_part(discard, config.work_dir, path)
 
 
 def maintain_mirrors(codebot: Codebot) -> None:

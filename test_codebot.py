@@ -11389,10 +11389,11 @@ def test_outbox_that_cannot_be_moved_is_removed_later(
     for name in ("outbox_1234567.git", "task_1234567"):
         (tmp_path / name).mkdir()
     run_with_mount(CLEAN_UP, tmp_path, "outbox_1234567.git")
-    assert (tmp_path / "task_1234567").exists()
+    left = [path.name for path in tmp_path.iterdir() if path.is_dir()]
+    assert left == ["outbox_1234567.git"]
     monkeypatch.setattr(codebot, "CLEANUP_INTERVAL", 0.0)
     codebot.clean_up(app_with(store, work_dir=str(tmp_path)))
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    assert not (tmp_path / "outbox_1234567.git").exists()
 
 
 def test_trash_is_removed_although_database_fails(
