@@ -507,6 +507,12 @@ def try_to_remove(directory: str) -> None:
         shutil.rmtree(directory, ignore_errors=True)  # it follows no symlink
 
 
+def save_on_disk(path: str) -> None:
+    """Wait until a file's content is on disk, so that it survives a power cut."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 # --- Settings and secrets ----------------------------------------------------
 #
 # Known limitations:
@@ -1919,6 +1925,7 @@ def launch(
     record = launch_record(config, workspace_path)
     record.parent.mkdir(exist_ok=True)
     record.write_text(config.run_tag)
+    save_on_disk(str(record))
     sentinel = uuid.uuid4().hex
     launcher = launcher_argv(config.launcher, workspace_path)
     argv = [*launcher, "sh", "-c", NODE_SCRIPT, sentinel, workspace_path, *argv]
@@ -3517,12 +3524,6 @@ def remote_failure(result: ProgramResult) -> Exception:
             f"perhaps this one with .git at its end: {reason}"
         )
     return GitFailed(reason)
-
-
-def save_on_disk(path: str) -> None:
-    """Wait until a file's content is on disk, so that it survives a power cut."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 class GitDirectory:

@@ -7593,7 +7593,7 @@ truncate -s 64M image && PATH=$PATH:/sbin:/usr/sbin mkfs.ext4 -q image && mkdir 
     umount disk && mount -o loop image disk && exec "$1" -c "$3"
 """
 ON_DISK = """
-import fcntl, os, struct
+import os
 import codebot
 app = codebot.Codebot(codebot.Config(no_github=True, work_dir=os.path.abspath("disk")))
 app.store = codebot.Store("disk/codebot.db")
@@ -7609,6 +7609,9 @@ _, workspace.base_commit = workspace.fetch("main", "internal")
 workspace.make_outbox()
 run.save_work(commit_id=workspace.write_commit(f"{workspace.base_commit}^{{tree}}", "A"))
 print(run.job.commit_id, flush=True)
+"""
+CUT_POWER = """
+import fcntl, os, struct
 SHUTDOWN, WITHOUT_FLUSH = 0x8004587D, 2  # of ext4, which then forgets what is not on disk
 disk = os.open("disk", os.O_RDONLY)
 fcntl.ioctl(disk, SHUTDOWN, struct.pack("I", WITHOUT_FLUSH))
@@ -7627,7 +7630,32 @@ print(run.job.branch)
 """
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can mount an image of a disk")
+def run_with_power_cut(directory: Path, script: str, next_script: str) -> str:
+    """Run a Python script that cuts the power of its disk, and then the next one.
+
+    Return what both print.
+    """
+    argv = ["unshare", "--mount", "sh", "-c", WITH_POWER_CUT, "sh", sys.executable]
+    done = subprocess.run(
+        [*argv, ON_DISK + script, ON_DISK + next_script],
+        check=False,
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(PROGRAM.parent)},
+        capture_output=True,
+        text=True,
+    )
+    if done.stderr.startswith(("unshare:", "sh:", "mkfs", "mount:")):
+        pytest.skip("this host lets nobody mount an image of a disk")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+mounts_an_image = pytest.mark.skipif(
+    os.getuid() != 0, reason="only root can mount an image of a disk"
+)
+
+
+@mounts_an_image
 @pytest.mark.parametrize(
     "components",
     ["all", "pack,reference,-loose-object"],
@@ -7640,21 +7668,29 @@ def test_stored_commit_is_pushed_after_a_power_cut(
         pytest.skip("this git does not flush the branches of a mirror")
     set_option = f"codebot.GIT += ['-c', 'core.fsync={components}']\n"
     copy_files(shared.repository.bare, tmp_path / "bare")
-    argv = ["unshare", "--mount", "sh", "-c", WITH_POWER_CUT, "sh", sys.executable]
-    done = subprocess.run(
-        [*argv, ON_DISK + set_option + STORE_COMMIT, ON_DISK + PUSH_COMMIT],
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(PROGRAM.parent)},
-        capture_output=True,
-        text=True,
-    )
-    if done.stderr.startswith(("unshare:", "sh:", "mkfs", "mount:")):
-        pytest.skip("this host lets nobody mount an image of a disk")
-    assert done.returncode == 0, done.stderr
-    commit, branch = done.stdout.split()
+    store_commit = set_option + STORE_COMMIT + CUT_POWER
+    commit, branch = run_with_power_cut(tmp_path, store_commit, PUSH_COMMIT).split()
     run_command("git", "-C", tmp_path / "bare", "fsck", "--full", "--strict")
     assert run_command("git", "-C", tmp_path / "bare", "rev-parse", branch) == commit
+
+
+# With a launcher that cuts the power of codebot's disk
+LAUNCH = """
+import contextlib, dataclasses, sys
+app.config = dataclasses.replace(
+    app.config, run_tag="5f0c3a9d1e27-", launcher=(sys.executable, "-c", CUT_POWER)
+)
+with contextlib.suppress(OSError):
+    codebot.launch(app.config, "disk/task_1234567", 5.0, list, ["true"], os.environ)
+"""
+SHOW_RECORD = "print(codebot.launch_record(app.config, 'task_1234567').read_text())"
+
+
+@mounts_an_image
+def test_launch_is_recorded_before_a_power_cut(tmp_path: Path) -> None:
+    launch = f"CUT_POWER = {CUT_POWER!r}\n{LAUNCH}"
+    record = run_with_power_cut(tmp_path, launch, SHOW_RECORD)
+    assert record == "5f0c3a9d1e27-\n"
 
 
 def test_outbox_has_nothing_of_an_earlier_run_and_no_ref_whose_lock_could_remain(
