@@ -138,8 +138,8 @@ WHO IS TRUSTED WITH WHAT
                    variables, which are the same for all repositories.
                  - It has the host's network: services on this machine, including those
                    that other agents start, and the local network. On a cloud host it can
-                   fetch the host's own credentials from the metadata address
-                   (169.254.169.254; at AWS also fd00:ec2::254, at Google fd20:ce::254, at
+                   fetch the host's own credentials from the metadata address (mostly
+                   169.254.169.254; at AWS also fd00:ec2::254, at Google fd20:ce::254, at
                    Alibaba 100.100.100.200), unless a firewall blocks that.
                  - In bwrap, these are hidden from it: codebot's processes, the work
                    directory (with other workspaces), the home of codebot's user (and HOME,
@@ -155,6 +155,8 @@ WHO IS TRUSTED WITH WHAT
                    number of turns that it reports.
   A test command   runs in the same sandbox and with the same home as the agent, but
                  without the model's key and the listed variables in its environment.
+                 But if it fails, the agent works on in the same repository, and git
+                 there may start programs that the test has left. They get both.
   The model's provider   sees everything that the agent reads.
   The repository's own CI   runs what codebot pushed, perhaps with secrets of its own,
                  before a person has read it. GitHub refuses changes to .github/workflows,
@@ -245,7 +247,8 @@ LIFE OF A JOB
     posted twice only if somebody has removed the first one or its marker, or if GitHub,
     at the retry, has not posted or does not list the first one yet.
   A crash loses what a running agent has done, and the record of its cost. It also loses
-  the looks, so the first look after a start is at everything.
+  the looks, so the first look after a start is at everything, and any pause that GitHub
+  has asked for.
   A job is interrupted by a crash, or by an error after which the agent must run again. At
   the third interruption since work was last saved, the job fails: see "What a retry
   depends on", in Store.
@@ -1138,7 +1141,7 @@ class LogFormatter(logging.Formatter):
 
 
 # What is a secret:
-#   the API keys, the webhook secret, the model's keys, the App's key and the TLS key
+#   the API keys, the webhook secret, the model's keys; as PEM, the App's and the TLS key
 #   a variable listed for the agent whose name suggests a secret: SECRET_NAME_RE
 #   in the other listed variables, and in the addresses of proxies and of the model:
 #     the last word of a header such as "X-Api-Key: WORD": header_secrets
@@ -1996,9 +1999,11 @@ def stop_all_launched(
 #   lines of other processes there. With a setuid bwrap before 0.8, it may also be able to
 #   read the environment of codebot's git, with its token.
 # - The agent can connect to abstract sockets. In directories that are not hidden, it can
-#   connect to sockets and write to named pipes. Through an abstract socket, two agents that
-#   run at the same time can exchange open directories. Then the first can read and write in
-#   the workspace of the second until the first ends, even during later jobs there.
+#   connect to sockets and write to named pipes. A service there that obeys all programs of
+#   codebot's user, such as an X server or D-Bus, also obeys the agent. Through an abstract
+#   socket, two agents that run at the same time can exchange open directories. Then the
+#   first can read and write in the workspace of the second until the first ends, even
+#   during later jobs there.
 # - The agent shares the host's kernel, without a filter of system calls. It may reach the
 #   kernel's keyrings of codebot's user. bwrap before 0.8 lets it make user namespaces, in
 #   which it can reach more of the kernel. (codebot as root refuses such a bwrap.)
