@@ -3528,6 +3528,18 @@ def test_tokens_are_forgotten_and_secrets_of_the_settings_are_not(
     assert not redact.has_secret("old-installation-token-599")
 
 
+def test_secrets_of_the_settings_are_never_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CODEBOT_API_KEYS", API_KEY)
+    codebot.read_config({"umask": 0o077}, is_server=False)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + codebot.TOKEN_RETENTION + 1)
+    codebot.redact.add(["a-new-installation-token"])
+    assert codebot.redact(API_KEY) == "***"
+
+
 # --- Settings: what the sandbox shows ----------------------------------------
 
 MOUNT_NAMES = {
