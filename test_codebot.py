@@ -2903,6 +2903,10 @@ def test_bad_value_is_not_also_reported_as_missing() -> None:
         ("PATH", "bin:.", "must name an absolute directory"),
         ("CODEBOT_AGENT_ENV", "A-B", "must list names of environment variables"),
         ("CODEBOT_AGENT_ENV", "A,PATH", "must list names of environment variables"),
+        ("CODEBOT_AGENT_ENV", "CODEBOT_API_KEYS", "must list names of environment"),
+        ("CODEBOT_AGENT_ENV", "GITHUB_APP_ID", "must list names of environment"),
+        ("CODEBOT_AGENT_ENV", "HOME", "must list names of environment variables"),
+        ("CODEBOT_AGENT_ENV", "TMPDIR", "must list names of environment variables"),
     ],
 )
 def test_bad_setting_is_named_with_its_value_and_what_is_allowed(
