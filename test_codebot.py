@@ -3365,6 +3365,12 @@ def test_variable_with_the_name_of_a_secret_is_redacted(name: str) -> None:
     assert redactor_of(config)("its-value") == "***"
 
 
+@pytest.mark.parametrize("name", codebot.MODEL_KEY_NAMES)
+def test_every_key_of_the_model_is_redacted(name: str) -> None:
+    config = codebot.Config(variables={name: "its-value"})
+    assert redactor_of(config)("its-value") == "***"
+
+
 @pytest.mark.parametrize("name", ["GIT_AUTHOR_NAME", "MY_PATH", "MY_PATTERN"])
 def test_variable_with_another_name_is_not_redacted(name: str) -> None:
     config = codebot.Config(agent_env=(name,), variables={name: "its-value"})
