@@ -3440,6 +3440,11 @@ def test_secret_is_redacted_from_six_characters_on(secret: str, shown: str) -> N
     assert redactor_of(codebot.Config(api_keys=(secret,)))(secret) == shown
 
 
+def test_secret_that_begins_with_another_one_is_redacted_as_a_whole() -> None:
+    redact = redactor_of(codebot.Config(api_keys=("acme-key", "acme-key-2")))
+    assert redact("acme-key acme-key-2") == "*** ***"
+
+
 def test_both_kinds_of_base64_are_redacted() -> None:
     secret = "???>>>~~~"
     redact = redactor_of(codebot.Config(api_keys=(secret,)))
