@@ -3435,6 +3435,13 @@ def test_tls_key_is_redacted(tmp_path: Path) -> None:
     assert redact("MIIEowIBAAKCAQEA") == "***"
 
 
+def test_key_file_that_is_no_text_is_skipped(tmp_path: Path) -> None:
+    key_file = tmp_path / "app.der"
+    key_file.write_bytes(b"\x30\x82\xff")
+    config = codebot.Config(key_file=str(key_file))
+    assert [*codebot.read_keys(config)] == []
+
+
 @pytest.mark.parametrize(("secret", "shown"), [("12345", "12345"), ("123456", "***")])
 def test_secret_is_redacted_from_six_characters_on(secret: str, shown: str) -> None:
     assert redactor_of(codebot.Config(api_keys=(secret,)))(secret) == shown
