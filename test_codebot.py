@@ -3562,6 +3562,21 @@ def test_secrets_of_the_settings_are_never_forgotten(
     assert codebot.redact(API_KEY) == "***"
 
 
+def test_tokens_that_arrive_at_the_same_time_are_added_one_after_the_other() -> None:
+    """Else a token that one thread has added could be missing from another's list."""
+    redact = codebot.Redactor()
+
+    class Token(str):
+        def encode(self, *args: str) -> bytes:  # with_base64 calls it
+            is_locked.append(redact._lock.locked())
+            return super().encode(*args)
+
+    is_locked: list[bool] = []
+    redact.add([Token("an-installation-token")])
+    assert is_locked == [True]
+    assert not redact._lock.locked()
+
+
 # --- Settings: what the sandbox shows ----------------------------------------
 
 MOUNT_NAMES = {
