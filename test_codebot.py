@@ -4269,6 +4269,25 @@ def test_program_that_ignores_sigterm_is_killed(
         assert pipe.read() == b""
 
 
+def test_program_that_goes_on_printing_after_its_result_gets_no_more_time() -> None:
+    with tempfile.TemporaryFile() as file:
+        none: Any = None
+        output = codebot.OutputFile(file)
+        program = codebot.RunningProgram(
+            child=none,
+            exit_poll=none,
+            stdout=output,
+            stderr=output,
+            on_lines=lambda lines: True,
+            limits=codebot.DEFAULT_LIMITS,
+        )
+        program.handle_lines(["result"])
+        ends_at = program.ends_at
+        program.last_output += 60.0
+        program.handle_lines(["more"])
+    assert program.ends_at == ends_at < math.inf
+
+
 def test_process_that_was_found_and_ignores_sigterm_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
