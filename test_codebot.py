@@ -4403,6 +4403,15 @@ def test_process_that_left_its_group_may_clean_up(tmp_path: Path) -> None:
     assert (tmp_path / "cleaned").read_text() == "clean\n"
 
 
+def test_descriptor_that_waits_for_a_program_is_closed() -> None:
+    codebot.run_program(["true"], GIT_ENVIRONMENT)
+    targets = []
+    for path in glob.glob("/proc/self/fd/*"):
+        with contextlib.suppress(OSError):  # another thread has closed it
+            targets.append(os.readlink(path))
+    assert [target for target in targets if "pidfd" in target] == []
+
+
 SSH_REFUSAL = """\
 Warning: Permanently added 'git.acme.com' (ED25519) to the list of known hosts.
 git@git.acme.com: Permission denied (publickey).
