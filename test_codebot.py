@@ -4412,6 +4412,14 @@ def test_descriptor_that_waits_for_a_program_is_closed() -> None:
     assert [target for target in targets if "pidfd" in target] == []
 
 
+def test_input_and_output_of_a_program_have_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    result = codebot.run_program(["ls", "-A", str(tmp_path)], GIT_ENVIRONMENT)
+    assert (result.code, result.stdout) == (0, "")
+
+
 SSH_REFUSAL = """\
 Warning: Permanently added 'git.acme.com' (ED25519) to the list of known hosts.
 git@git.acme.com: Permission denied (publickey).
