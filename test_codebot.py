@@ -4420,6 +4420,14 @@ def test_input_and_output_of_a_program_have_no_name(
     assert (result.code, result.stdout) == (0, "")
 
 
+def test_only_the_beginning_of_a_huge_file_in_proc_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "environ"
+    path.touch()
+    os.truncate(path, 2 * codebot.MAX_PROCESS_FILE_BYTES)
+    data = codebot.read_process_file(str(path))
+    assert len(data) == codebot.MAX_PROCESS_FILE_BYTES
+
+
 SSH_REFUSAL = """\
 Warning: Permanently added 'git.acme.com' (ED25519) to the list of known hosts.
 git@git.acme.com: Permission denied (publickey).
