@@ -17891,6 +17891,11 @@ def test_stop_whose_setting_was_removed_keeps_the_record(
     )
 
 
+def test_record_that_a_full_disk_does_not_take_is_no_error(tmp_path: Path) -> None:
+    # The next run in this workspace and the next start try to stop it again.
+    codebot.record_failed_stop(tmp_path / "missing" / "task_1234567", "an error")
+
+
 @pytest.mark.parametrize("step", ["checkout", "test"])
 def test_nothing_is_done_in_a_workspace_in_which_an_earlier_launch_may_run(
     fresh: Site, step: str
