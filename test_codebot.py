@@ -3684,8 +3684,15 @@ def test_key_behind_a_symlink_is_hidden_where_it_really_is(host: Host) -> None:
 def test_home_behind_a_symlink_is_hidden_where_it_really_is(host: Host) -> None:
     link = host.root / "link"
     link.symlink_to(host.make("real"))
+    host.make("real/.local/bin")
     host.monkeypatch.setenv("HOME", str(link))
-    assert host.mounts() == ["HIDDEN real", "HIDDEN work", *workspace_mounts("work")]
+    mounts = host.mounts(search_path=f"{link}/.local/bin")
+    assert mounts == [
+        "HIDDEN real",
+        "READ_ONLY real/.local",
+        "HIDDEN work",
+        *workspace_mounts("work"),
+    ]
 
 
 def test_tools_of_path_in_home_are_shown_read_only(host: Host) -> None:
