@@ -3847,6 +3847,12 @@ def test_script_that_agent_command_names_is_shown(host: Host) -> None:
     assert "READ_ONLY home/wrapper.sh" in host.mounts(claude_command=("sh", script))
 
 
+def test_directory_of_a_missing_env_file_is_not_hidden(host: Host) -> None:
+    covers = ["HIDDEN home", "HIDDEN work"]
+    mounts = host.mounts(env_file=host.make("start") + "/.env")
+    assert mounts == [*covers, *workspace_mounts("work")]
+
+
 def use_account(host: Host, home: str) -> None:
     """Let the user of the test have an account with this home."""
     account = pwd.struct_passwd(("bot", "x", os.getuid(), 0, "", home, "/bin/sh"))
