@@ -11010,6 +11010,18 @@ def test_program_that_fails_while_disk_is_full_is_no_final_failure(
         codebot.run_program(["false"], env)
 
 
+def test_disk_is_inspected_while_it_still_holds_the_output() -> None:
+    is_output_closed: list[bool] = []
+
+    class Program(codebot.RunningProgram):
+        def result(self) -> codebot.ProgramResult:
+            is_output_closed.append(self.stdout.file.closed)
+            return super().result()
+
+    codebot.run_program(["true"], GIT_ENVIRONMENT, program_type=Program)
+    assert is_output_closed == [False]
+
+
 def test_full_disk_at_the_start_is_reported(
     fresh: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
