@@ -3192,6 +3192,18 @@ def test_empty_variable_counts_as_not_set() -> None:
     assert codebot.copy_variables(config, variables) == {"TZ": "UTC"}
 
 
+def test_environment_overrides_env_file_even_with_an_empty_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("CODEBOT_MAX_WORKERS=2\nCODEBOT_SANDBOX=none\n")
+    monkeypatch.setenv("CODEBOT_MAX_WORKERS", "3")
+    monkeypatch.setenv("CODEBOT_SANDBOX", "")
+    config, _ = codebot.read_config({"umask": 0o077}, is_server=False)
+    assert config.workers == 3
+    assert config.sandbox == ("bwrap",)
+
+
 def test_network_settings_are_set_in_the_environment_unless_they_are_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
