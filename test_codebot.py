@@ -3554,6 +3554,9 @@ def test_tokens_are_forgotten_and_secrets_of_the_settings_are_not(
     assert redact.has_secret("old-installation-token-000")
     assert redact.has_secret("old-installation-token-599")
     now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 3600)
+    redact.add(["another-installation-token"])
+    assert redact.has_secret("old-installation-token-000")  # it may still be valid
     monkeypatch.setattr(time, "monotonic", lambda: now + codebot.TOKEN_RETENTION + 1)
     redact.add(["a-new-installation-token"])
     assert redact.has_secret("a-secret-of-the-settings")
