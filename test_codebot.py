@@ -4644,6 +4644,11 @@ def test_secret_that_ends_with_the_period_of_an_error_is_redacted() -> None:
     assert codebot.redact(result.error) == "denied: ***"
 
 
+def test_output_of_a_failing_test_is_no_shortage_of_the_host() -> None:
+    # The agent is to repair a test that expects a full disk, and is not to run anew.
+    codebot.raise_if_shortage(codebot.ProgramResult(1, "No space left on device", ""))
+
+
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_output_is_kept_although_program_opens_it_again(
     tmp_path: Path, stream: str
