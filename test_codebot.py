@@ -4379,6 +4379,19 @@ def test_output_that_the_program_has_emptied_is_read_from_its_beginning() -> Non
         assert output.read_lines(has_exited=False) == ["two"]
 
 
+def test_output_that_was_read_counts_for_its_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codebot, "MAX_OUTPUT_BYTES", 5)
+    with tempfile.TemporaryFile(buffering=0) as file:
+        output = codebot.OutputFile(file)
+        file.write(b"one\n")
+        assert output.read_lines(has_exited=False) == ["one"]
+        file.write(b"two\n")
+        with pytest.raises(codebot.TooMuchOutput):
+            output.read_lines(has_exited=False)
+
+
 def test_very_long_line_of_output_is_split_and_keeps_its_first_character(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
