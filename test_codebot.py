@@ -4316,6 +4316,15 @@ def test_program_that_goes_on_printing_after_its_result_gets_no_more_time() -> N
     assert program.ends_at == ends_at < math.inf
 
 
+def test_what_a_program_leaves_in_its_group_is_ended() -> None:
+    reader, writer = os.pipe()
+    script = f"{{ sleep 10; echo survived >/dev/fd/{writer}; }} & :"
+    codebot.run_program(["sh", "-c", script], GIT_ENVIRONMENT, pass_fds=(writer,))
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        assert pipe.read() == b""
+
+
 def test_process_that_was_found_and_ignores_sigterm_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
