@@ -4420,6 +4420,36 @@ def test_very_long_line_of_output_is_split_and_keeps_its_first_character(
     assert "".join(lines).count("x") == 250
 
 
+def test_process_that_starts_while_others_are_ended_is_ended_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codebot, "KILL_GRACE", 0.02)
+    with (
+        subprocess.Popen(["sleep", "10"]) as first,
+        subprocess.Popen(["sleep", "10"]) as second,
+    ):
+        looks = itertools.count()
+
+        def find(argument: str) -> list[int]:
+            if next(looks) == 0:
+                return [first.pid]
+            return [child.pid for child in (first, second) if child.poll() is None]
+
+        codebot.end_processes(find, "")
+        assert second.poll() == -signal.SIGKILL
+
+
+def test_process_that_cannot_be_ended_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    process_id = 1 << 30  # the kernel gives no process such a large number
+    found = [[process_id]] * 5
+    clock = itertools.count(0.0, 10.0)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    codebot.end_processes(lambda argument: found.pop(), "")
+    assert f"Could not end processes: [{process_id}]" in caplog.text
+
+
 @pytest.mark.parametrize(
     "size",
     [
