@@ -5165,11 +5165,19 @@ def test_sandbox_that_outlives_a_killed_server_is_ended_by_the_next(
     on_disk.api.completed(task)
 
 
+def test_scratch_workspace_that_a_kill_has_left_can_be_removed(tmp_path: Path) -> None:
+    with codebot.scratch_workspace(str(tmp_path)) as path:
+        assert codebot.removable_paths(str(tmp_path), "scratch") == [path]
+
+
 @needs_bwrap
-def test_process_in_a_workspace_is_found_by_its_mounts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["task_1", "scratch_codebot_1"])
+def test_process_in_a_workspace_is_found_by_its_mounts(
+    tmp_path: Path, name: str
+) -> None:
     work_dir = tmp_path / "work \\ dir"
     assert codebot.processes_in_workspaces(str(work_dir)) == []
-    repo = work_dir / "task_1" / "repo"
+    repo = work_dir / name / "repo"
     repo.mkdir(parents=True)
     bwrap = ["bwrap", "--die-with-parent", "--ro-bind", "/", "/", "--bind", str(repo)]
     command = ["sh", "-c", "echo ready; exec sleep 600"]
@@ -5185,7 +5193,7 @@ def test_process_in_a_workspace_is_found_by_its_mounts(tmp_path: Path) -> None:
             process.stdout.readline()
             processes.append(process.pid)
         process_ids = codebot.processes_in_workspaces(str(work_dir))
-        found_by_workspace = codebot.processes_in_workspaces(f"{work_dir}/task_1")
+        found_by_workspace = codebot.processes_in_workspaces(f"{work_dir}/{name}")
         others = codebot.processes_in_workspaces(str(tmp_path))
         # bwrap runs the command in a process of its own.
         parents = [Path(f"/proc/{n}/stat").read_text().split()[3] for n in process_ids]
