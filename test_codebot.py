@@ -18090,6 +18090,24 @@ def test_nothing_runs_on_a_node_that_lacks_the_workspace(tmp_path: Path) -> None
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.usefixtures("quick_node")
+def test_each_launch_has_a_sentinel_of_its_own(tmp_path: Path) -> None:
+    # The launcher gets sh, -c, NODE_SCRIPT and the sentinel.
+    log_sentinel = f'echo "$4" >>{tmp_path}/sentinels; exec "$@"'
+    config = codebot.Config(
+        work_dir=str(tmp_path),
+        search_path=os.environ["PATH"],
+        launcher=("sh", "-c", log_sentinel, "sh"),
+        launcher_stop=("true",),
+    )
+    (tmp_path / "task_1234567").mkdir()
+    env = {"PATH": os.environ["PATH"]}
+    for _ in range(2):
+        codebot.launch(config, f"{tmp_path}/task_1234567", 5.0, list, ["true"], env)
+    first, second = (tmp_path / "sentinels").read_text().split()
+    assert first != second
+
+
 def test_words_of_a_launcher_on_standard_output_say_why_it_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
