@@ -5504,6 +5504,15 @@ def test_key_in_directory_that_cannot_be_hidden_is_refused(fresh: Site) -> None:
     assert "codebot: The sandbox cannot hide /etc, because" in done.stderr
 
 
+@pytest.mark.parametrize("setting", [("bwrap", "--unshare-net"), ("/usr/bin/bwrap",)])
+def test_bwrap_of_the_operators_own_has_only_their_options(
+    setting: tuple[str, ...],
+) -> None:
+    sandbox = codebot.Sandbox(codebot.Config(sandbox=setting))
+    argv = sandbox.wrap(["true"], "/workspace", "/objects")
+    assert argv[: len(setting) + 1] == [*setting, "sh"]
+
+
 def test_launcher_is_named_although_there_is_no_sandbox() -> None:
     config = codebot.Config(sandbox=("none",), launcher=("srun", "--quiet"))
     text = codebot.Sandbox(config).describe()
