@@ -5257,7 +5257,10 @@ def test_mount_whose_device_has_the_name_of_a_workspace_is_ignored(
 def test_mount_in_a_workspace_that_codebot_has_too_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "task_1" / "repo").mkdir(parents=True)
     find = f"codebot.processes_in_workspaces({str(tmp_path)!r})"
-    script = f"import codebot; print({find})"
+    script = (
+        "import codebot, subprocess; child = subprocess.Popen(['sleep', '10']); "
+        f"print({find}); child.kill()"
+    )
     assert run_with_mount(script, tmp_path, "task_1/repo") == "[]\n"
 
 
