@@ -7792,6 +7792,16 @@ def test_failed_result_becomes_a_reason_and_an_error(
     assert str(failure).endswith(words)
 
 
+def test_no_part_of_a_secret_is_left_where_an_error_of_the_agent_is_cut(
+    store: codebot.Store,
+) -> None:
+    codebot.redact.add([API_KEY])
+    agent_run = codebot.AgentRun(task_run(store))
+    agent_run.result = {"result": "x" * 990 + API_KEY}
+    error = agent_run.error_text(codebot.ProgramResult(1, "", ""))
+    assert error == "x" * 990 + "***"
+
+
 PLAN_OF_BAD_TREE = (
     "printf '[submodule \"../x\"]\\n\\tpath = a\\n\\turl = b\\n' >.gitmodules; result"
 )
@@ -8525,6 +8535,13 @@ def test_secret_at_the_cut_of_a_tests_output_is_redacted(local: LocalTask) -> No
     assert "client" not in error
 
 
+def test_no_part_of_a_secret_is_left_where_output_for_the_agent_is_cut() -> None:
+    codebot.redact.add([API_KEY])
+    output = API_KEY + "x" * 19_990
+    prompt = codebot.repair_prompt("make", codebot.ProgramResult(1, output, ""))
+    assert "\n***" + "x" * 19_990 + "\n" in prompt
+
+
 @pytest.mark.parametrize("command", ["no-such-program", "./README.md"])
 def test_command_that_cannot_run_is_not_blamed_on_agent(
     local: LocalTask, command: str
@@ -8700,6 +8717,16 @@ def test_redacting_a_commit_message_writes_no_words_that_turn_off_ci(
     local.commit(f"{SAY_HELLO}; result 'Done. ***NO_CI{token}'")
     message = local.git("log", "-1", "--format=%B", local.run.job.commit_id)
     assert "> Done. (NO_CI)" in message
+
+
+def test_no_part_of_a_secret_is_left_where_the_title_of_a_commit_is_cut(
+    store: codebot.Store,
+) -> None:
+    codebot.redact.add([API_KEY])
+    run = task_run(store)
+    request = codebot.TaskRequest("", "x" * 240 + API_KEY + "y" * 9)
+    title = codebot.commit_message(run, request).strip()
+    assert title == "x" * 240 + "***" + "y" * 7
 
 
 def test_commit_message_cannot_turn_off_continuous_integration(
@@ -9239,6 +9266,18 @@ def test_long_test_command_leaves_room_for_what_follows(store: codebot.Store) ->
     assert "I said hello." in body
 
 
+@pytest.mark.parametrize("field", ["description", "test_command"])
+def test_no_part_of_a_secret_is_left_where_a_text_of_a_body_is_cut(
+    store: codebot.Store, field: str
+) -> None:
+    codebot.redact.add([API_KEY])
+    request = codebot.TaskRequest("", "Say hello")
+    text = "x" * 9_990 + API_KEY + "y" * 9
+    request = dataclasses.replace(request, **{field: text})
+    body = body_of_pull_request(store, request=request, passed_attempt=1)
+    assert "x" * 9_990 + "***" + "y" * 7 in body
+
+
 def test_body_of_marks_and_short_lines_is_not_too_long_for_github(
     store: codebot.Store,
 ) -> None:
@@ -9307,7 +9346,7 @@ def test_secrets_reach_neither_agent_nor_anything_public(fresh: Site) -> None:
     task = fresh.api.submit(
         f"Do not print {API_KEY}",
         ticket_id=API_KEY,
-        ticket_summary=f"Say {API_KEY}",
+        ticket_summary=f"Say {'x' * 220}{API_KEY}",  # where the title is cut
         test_command=command,
     )
     result = fresh.api.completed(task)
@@ -9330,6 +9369,7 @@ def test_secrets_reach_neither_agent_nor_anything_public(fresh: Site) -> None:
     assert "agent: my key is ***" in messages
     assert "test: *** ***" in messages
     assert "***" in result["tests"]["command"]
+    assert pull["title"] == f"***: Say {'x' * 220}***"
     assert run.env["ANTHROPIC_API_KEY"] == MODEL_KEY
     assert run.env["EXTRA"] == "e"
     assert run.env["NPM_TOKEN"] == "npm-12345"
@@ -12576,6 +12616,10 @@ def plan_with_output(output: str) -> str:
 AGENT_ANSWERS = {
     "unclear": ("classify unclear 'Which one?'", "Which one?"),
     "unclear with a secret": (f"classify unclear 'Which {MODEL_KEY}?'", "Which ***?"),
+    "unclear with a secret at its cut": (
+        f"classify unclear '{'x' * 9_990}{MODEL_KEY}'",
+        "x***",
+    ),
     "unclear without question": ("classify unclear", "\nI cannot tell"),
     "kind outside schema": ("classify anything", "\nI cannot tell"),
     "kind of a wrong type": (
