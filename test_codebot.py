@@ -9278,6 +9278,14 @@ def test_no_part_of_a_secret_is_left_where_a_text_of_a_body_is_cut(
     assert "x" * 9_990 + "***" + "y" * 7 in body
 
 
+def test_redacting_a_body_writes_no_words_that_turn_off_ci(
+    store: codebot.Store,
+) -> None:
+    # The invisible character hides the token until the text is quoted.
+    body = body_of_pull_request(store, "Say ***NO_CIg\u200bhp_" + 36 * "a")
+    assert "> Say (NO_CI)" in body
+
+
 def test_body_of_marks_and_short_lines_is_not_too_long_for_github(
     store: codebot.Store,
 ) -> None:
