@@ -7138,6 +7138,18 @@ def test_ticket_and_summary_are_made_safe(
     run_command("git", "check-ref-format", f"refs/heads/{run.job.branch}")
 
 
+def test_names_have_no_secret_whatever_its_case(store: codebot.Store) -> None:
+    secret = "Key-Of-The-Model"
+    codebot.redact.add([secret])
+    request = codebot.TaskRequest("", "Say hello", secret, f"Use {secret} now")
+    task = store.add_task(request, codebot.Submission("the tests"), 1)
+    run = codebot.JobRun(app_with(store), task)
+    codebot.name_workspace(run)
+    digits = run.job.id[:7]
+    assert run.job.branch == f"u/codebot/{digits}/use-now"
+    assert run.job.directory == f"task_{digits}"
+
+
 def test_digits_of_a_directory_that_exists_are_not_used(store: codebot.Store) -> None:
     run = task_run(store)
     digits = run.job.id.replace("-", "")
