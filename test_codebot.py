@@ -8072,6 +8072,7 @@ GOOD_PLANS = {
         f"{SAY_HELLO}; git add -f hello.txt"
     ),
     "index lock left": f"{SAY_HELLO}; touch .git/index.lock",
+    "HEAD lock left": f"{SAY_HELLO}; touch .git/HEAD.lock",
     "branch lock left": f"{SAY_HELLO}; touch .git/$(git symbolic-ref HEAD).lock",
     "unfinished merge": (
         "git checkout -q -b other; echo 1 >README.md; git commit -qam 1; "
