@@ -8152,6 +8152,14 @@ def test_attempts_share_the_time_of_their_task(store: codebot.Store) -> None:
     assert run.deadline == deadline
 
 
+def test_run_of_the_agent_does_not_extend_the_time_of_its_task(
+    local: LocalTask,
+) -> None:
+    local.run.deadline = time.monotonic() + 60  # far less than CODEBOT_TASK_TIMEOUT
+    local.run_agent(SAY_HELLO)
+    assert local.run.time_left() <= 60
+
+
 def test_program_has_a_session_of_its_own_and_thus_no_terminal() -> None:
     script = "cut -d ' ' -f 6 /proc/$$/stat"  # the session
     result = codebot.run_program(["sh", "-c", script], {"PATH": os.defpath})
