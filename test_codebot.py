@@ -6214,6 +6214,17 @@ def test_tests_alone_do_not_count_as_work_of_the_agent(local: LocalTask) -> None
     assert not local.run.agent_ran_since_save
 
 
+def test_agent_that_a_launcher_did_not_start_does_not_count_as_paid(
+    fresh: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "SIGNAL_DELAY", 0.0)
+    local = LocalTask(fresh, launcher=("false",), launcher_stop=("true",))
+    with pytest.raises(codebot.TransientError, match="The launcher or its node"):
+        local.run_agent(SAY_HELLO)
+    ending = codebot.ending_after_transient_error(local.run, "no node")
+    assert ending.interruptions == 0
+
+
 def test_agent_that_repairs_a_stored_commit_counts_as_paid_again(
     local: LocalTask,
 ) -> None:
