@@ -8443,6 +8443,19 @@ def test_report_without_words_replaces_the_summary_of_an_earlier_run(
     assert stored_job(store, agent_run.run.job).summary == ""
 
 
+def test_cost_and_turns_of_all_runs_of_the_agent_are_added(
+    store: codebot.Store,
+) -> None:
+    run = review_run(store)
+    for cost in (0.25, 0.5):  # the classification and the answer, or a run and a retry
+        agent_run = codebot.AgentRun(run)
+        agent_run.result = {"total_cost_usd": cost, "num_turns": 3}
+        agent_run.store_report(attempt=1)
+    job = stored_job(store, run.job)
+    assert job.cost_usd == 0.75
+    assert job.num_turns == 6
+
+
 def test_only_words_of_the_agent_become_an_event(store: codebot.Store) -> None:
     agent_run = codebot.AgentRun(review_run(store))
     agent_run.read_block("user", {"type": "text", "text": "[Request interrupted]"})
