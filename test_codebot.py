@@ -10202,6 +10202,18 @@ def test_commit_waits_until_its_repository_is_unarchived(
     codebot.require_usable_repository(task, repository, at_github)
 
 
+def test_task_does_not_go_on_in_another_repository_that_took_the_name(
+    fresh: Site, store: codebot.Store
+) -> None:
+    run = task_at_github(fresh, store, fresh.repository.url)
+    codebot.find_repository(run)
+    fresh.repository.rename("acme/widget-old")
+    fresh.github.create_repository("acme/widget")
+    for _ in range(2):  # a refusal is not forgotten
+        with pytest.raises(codebot.JobFailed, match="belongs to another repository"):
+            codebot.find_repository(run)
+
+
 @pytest.mark.parametrize(
     ("status", "message"),
     [(401, "GITHUB_APP_PRIVATE_KEY_PATH and"), (422, "GitHub issues no token")],
