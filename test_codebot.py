@@ -12748,6 +12748,14 @@ def test_thanks_get_no_answer(pull: Pull) -> None:
     assert len(pull.site.agent.runs()) == 1
 
 
+def test_not_even_an_error_is_posted_if_nothing_was_wanted(
+    store: codebot.Store,
+) -> None:
+    review = review_of(make_comment(1, "alice"), store)
+    review.run.update(request_kind="none", reason="internal", error="It broke")
+    codebot.answer_threads(review)  # GitHub is not asked: this review has none
+
+
 def test_classification_can_tell_the_app_from_other_bots(pull: Pull) -> None:
     pull.site.agent.follow("classify none")
     pull.site.person("alice").comment("@dependabot rebase")
