@@ -13049,6 +13049,21 @@ def test_conflict_names_a_file_as_it_is_written(local: LocalTask) -> None:
     assert failed.value.reason == "push_rejected"
 
 
+def test_stored_base_is_that_of_the_stored_commit_until_a_new_one_is_tested(
+    local: LocalTask,
+) -> None:
+    def push() -> None:
+        local.site.repository.commit({"theirs.txt": "theirs\n"})
+        request = local.run.job.request
+        request = dataclasses.replace(request, test_command="nosuch-test")
+        local.run.update(request=request)
+
+    with pytest.raises(codebot.JobFailed, match="cannot be started"):
+        put_on_top(local, "echo mine >mine.txt", push)
+    job = stored_job(local.run.store, local.run.job)  # a retry would begin with it
+    assert local.git("rev-parse", f"{job.commit_id}^") == job.base_commit
+
+
 def test_change_that_conflicts_with_others_is_not_pushed(pull: Pull) -> None:
     pull.site.agent.follow(MAKE_CHANGE)
     before = pull.site.repository.show(pull.branch, "hello.txt")
