@@ -6214,6 +6214,14 @@ def test_tests_alone_do_not_count_as_work_of_the_agent(local: LocalTask) -> None
     assert not local.run.agent_ran_since_save
 
 
+def test_retry_after_the_commit_of_a_task_does_not_count_as_an_interruption(
+    local: LocalTask,
+) -> None:
+    local.commit(SAY_HELLO)
+    ending = codebot.ending_after_transient_error(local.run, "502")
+    assert ending.interruptions == 0
+
+
 def test_agent_that_a_launcher_did_not_start_does_not_count_as_paid(
     fresh: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
