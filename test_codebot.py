@@ -6304,6 +6304,15 @@ def test_long_error_is_cut_when_it_is_stored(store: codebot.Store) -> None:
     assert len(codebot.error_to_store(task_run(store).job, ending)) == 10_000
 
 
+def test_no_part_of_a_secret_is_left_where_an_error_is_cut(
+    store: codebot.Store,
+) -> None:
+    codebot.redact.add([API_KEY])
+    ending = codebot.Ending("failed", "internal", "x" * 9990 + API_KEY)
+    error = codebot.error_to_store(task_run(store).job, ending)
+    assert error == "x" * 9990 + "***"
+
+
 def test_seconds_of_a_task_end_with_its_commit(local: LocalTask) -> None:
     seconds = local.commit(SAY_HELLO).seconds
     assert seconds > 0
