@@ -11433,6 +11433,26 @@ def test_mirror_that_was_used_lately_is_kept_and_packed(
     assert len(list(packs.glob("*.pack"))) == 1
 
 
+def test_old_mirror_that_a_job_uses_meanwhile_is_not_removed(
+    store: codebot.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = tmp_path / "mirrors/github.com/acme/widget.git"
+    mirror.mkdir(parents=True)
+    app = app_with(store, work_dir=str(tmp_path))
+    job = contextlib.ExitStack()
+    other = codebot.Mirror(app.config, str(mirror), codebot.do_nothing)
+    job.enter_context(other.lock())
+    os.utime(f"{mirror}.lock", (1, 1))  # as if it was used last in 1970
+
+    def use_and_unlock() -> None:  # called during the wait for the lock
+        os.utime(f"{mirror}.lock")
+        job.close()
+
+    monkeypatch.setattr(codebot, "raise_if_stopping", use_and_unlock)
+    codebot.maintain_mirror(app, str(mirror))
+    assert mirror.exists()
+
+
 def test_fetched_objects_are_kept_as_a_pack(local: LocalTask) -> None:
     codebot.clone(local.workspace)
     objects = Path(local.workspace.mirror.objects)
