@@ -11826,6 +11826,24 @@ def test_outbox_that_cannot_be_moved_is_removed_later(
     assert not (tmp_path / "outbox_1234567.git").exists()
 
 
+class StoreWithNewTask(codebot.Store):
+    """A store in which a task starts just after it was asked which are retained."""
+
+    def retained_directories(self, retention: float) -> set[str]:
+        directories = super().retained_directories(retention)
+        os.makedirs(f"{self.path}.dir/task_1234567")
+        return directories
+
+
+def test_workspace_of_a_task_that_starts_during_a_cleanup_stays(
+    in_memory: Path,
+) -> None:
+    database = f"{tempfile.mkdtemp(dir=in_memory)}/codebot.db"
+    app = app_with(StoreWithNewTask(database))
+    codebot.remove_workspaces(app)
+    assert os.listdir(app.config.work_dir) == ["task_1234567"]
+
+
 def test_trash_is_removed_although_database_fails(
     store: codebot.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
