@@ -13685,6 +13685,29 @@ def test_look_that_fails_slowly_is_repeated_some_time_after_it_failed(
     assert sync.looks[codebot.EVERYTHING] == failed_at + delay
 
 
+def test_look_waits_as_long_as_its_error_says(
+    sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = codebot.Look("pull_request", task_id="t")
+
+    def waits_after(error: Exception) -> list[float]:
+        def fail(look: codebot.Look) -> None:
+            raise error
+
+        monkeypatch.setattr(sync, "look_at", fail)
+        sync.looks = {look: 0.0}
+        sync.take(look)
+        return list(sync.looks.values())
+
+    monkeypatch.setattr(time, "time", lambda: 5000.0)
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    limit = codebot.TransientError("The rate limit is exhausted", retry_at=8600.0)
+    assert waits_after(limit) == [3600.0]
+    # A repository that was taken out. Nothing else might ask for this look.
+    assert waits_after(codebot.AppRefused("422")) == [codebot.APP_REFUSED_DELAY]
+    assert waits_after(codebot.GitHubError("404")) == []
+
+
 def test_look_is_repeated_although_the_clock_was_set_back(
     sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
