@@ -13708,6 +13708,17 @@ def test_look_waits_as_long_as_its_error_says(
     assert waits_after(codebot.GitHubError("404")) == []
 
 
+def test_pull_requests_are_polled_although_issues_are_off(
+    store: codebot.Store,
+) -> None:
+    task = store_pull_request(store, store_task_in_state(store, "completed"))
+    app = app_with(store, no_github=False, issue_label="")
+    assert app.github is not None
+    sync = codebot.Sync(app, app.github)
+    sync.look_at(codebot.EVERYTHING)
+    assert codebot.Look("pull_request", task_id=task.id) in sync.looks
+
+
 def test_look_is_repeated_although_the_clock_was_set_back(
     sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:
