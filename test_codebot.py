@@ -16760,6 +16760,30 @@ def test_stream_of_a_log_without_events_also_ends_for_good(shared: Site) -> None
         assert stream.read() == b""
 
 
+class StoreWhoseTaskEnds(codebot.Store):
+    """A store whose task logs its last event and ends as soon as its log was read."""
+
+    def events(self, task_id: str, *args: Any, **kwargs: Any) -> list[codebot.Event]:
+        events = super().events(task_id, *args, **kwargs)
+        job = self.job(task_id)
+        assert job is not None
+        if job.status == "running":
+            self.add_events(task_id, [("codebot", "Failed")])
+            self.finish(job, 1.0, "failed", "internal", "Failed")
+        return events
+
+
+def test_last_event_is_shown_although_its_task_ends_while_the_log_is_read(
+    in_memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "STREAM_INTERVAL", 0.0)
+    store = StoreWhoseTaskEnds(f"{tempfile.mkdtemp(dir=in_memory)}/codebot.db")
+    task = store_task_in_state(store, "running")
+    parts = codebot.follow_log(app_with(store), task.id)
+    events = [event for part in parts for event in part]
+    assert [event.message for event in events] == ["Failed"]
+
+
 def test_invalid_last_event_id_is_named(shared: Site) -> None:
     task = submit_failing(shared)
     with shared.api.open_stream(task, {"Last-Event-ID": "x"}) as stream:
