@@ -6157,6 +6157,14 @@ def test_job_is_not_retried_before_the_time_that_github_names(
     assert codebot.run_steps(task_run(store)).not_before == retry_at
 
 
+def test_job_is_not_retried_at_once_because_github_names_a_time(
+    store: codebot.Store,
+) -> None:
+    now = time.time()
+    ending = codebot.ending_after_transient_error(task_run(store), "429", now - 5)
+    assert ending.not_before >= now + codebot.RETRY_DELAY
+
+
 class StoreThatStartsAgain(codebot.Store):
     """A store whose requeued job is at once started by another worker."""
 
