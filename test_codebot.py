@@ -17834,6 +17834,20 @@ def test_delivery_that_the_guard_refuses_is_logged(shared: Site) -> None:
     wait_for(is_logged)
 
 
+def test_refused_delivery_is_logged_although_a_key_was_just_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(codebot, "next_log_time", {})
+    monkeypatch.setattr(time, "monotonic", lambda: 5.0)
+    request = codebot.Request("", {}, "192.0.2.1", bytes)
+    for path in ("/api/tasks", "/metrics", "/webhook"):
+        codebot.log_refusal(path, request, codebot.HTTPError(401, "No"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "Refused API key from 192.0.2.1: No",
+        "Refused webhook from 192.0.2.1: No",
+    ]
+
+
 def test_delivery_to_a_server_without_webhooks_is_logged(fresh: Site) -> None:
     fresh.server.start(GITHUB_WEBHOOK_SECRET=None)
     message = "Webhooks are off; they need GitHub and GITHUB_WEBHOOK_SECRET"
