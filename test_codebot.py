@@ -20882,15 +20882,16 @@ def test_server_restarts_only_with_debug_and_after_a_change(
 
 def test_debug_server_restarts_when_env_file_changes(fresh: Site) -> None:
     env_file = fresh.server.start_dir / ".env"
-    env_file.write_text("CODEBOT_API_KEYS=key-1\n")
-    fresh.server.start_file("--debug", CODEBOT_API_KEYS=None)
+    env_file.write_text("CODEBOT_API_KEYS=key-1\nNO_PROXY=old.example.com\n")
+    fresh.server.start_file("--debug", CODEBOT_API_KEYS=None, NO_PROXY=None)
     assert "with 1 API key(s)" in fresh.server.log()
     changed = env_file.with_name("changed")
-    changed.write_text("CODEBOT_API_KEYS=key-1,key-2\n")
+    changed.write_text("CODEBOT_API_KEYS=key-1,key-2\nCODEBOT_AGENT_ENV=NO_PROXY\n")
     os.utime(changed, (1, 1))
     changed.replace(env_file)  # in one step, or the server may restart twice
     fresh.server.wait_for_log("Starting server", times=2)
     fresh.server.wait_until_ready(fresh.server.log().index("with 2 API key(s)"))
+    assert "names NO_PROXY, which is not set" in fresh.server.log()
     assert "A file has changed: restarting" in fresh.server.log()
     assert "Stopping" not in fresh.server.log()
 
