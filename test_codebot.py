@@ -6872,6 +6872,34 @@ def test_retry_that_is_stored_late_still_happens(fresh: Site) -> None:
     fresh.api.completed(task)
 
 
+@pytest.mark.parametrize(
+    ("status", "method"),
+    [
+        ("completed", "finish"),
+        ("failed", "finish"),
+        ("pending", "requeue"),
+        ("deleted", "delete_review"),
+    ],
+)
+def test_end_of_a_job_is_stored_although_the_database_fails_at_first(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch, status: str, method: str
+) -> None:
+    run = review_run(store)
+    store_end = getattr(store, method)
+    errors = [sqlite3.OperationalError("database or disk is full")]
+
+    def fail_at_first(*args: object) -> None:
+        if errors:
+            raise errors.pop()
+        store_end(*args)
+
+    monkeypatch.setattr(codebot, "DATABASE_RETRY_DELAY", 0.0)
+    monkeypatch.setattr(store, method, fail_at_first)
+    codebot.store_ending(run, codebot.Ending(status))
+    job = store.job(run.job.id)
+    assert (job.status if job else "deleted") == status
+
+
 def test_removed_database_is_unhealthy_and_refuses_submits(fresh: Site) -> None:
     fresh.server.start(limits={"DATABASE_TEST_INTERVAL": 0.1})
     assert fresh.api.health().status == 200
