@@ -6900,6 +6900,23 @@ def test_end_of_a_job_is_stored_although_the_database_fails_at_first(
     assert (job.status if job else "deleted") == status
 
 
+class StoreWhoseLogIsRead(codebot.Store):
+    """A store that notes what the log has when a job ends."""
+
+    last_messages: Sequence[str] = ()
+
+    def finish(self, job: codebot.Job, *args: Any) -> None:
+        events = self.events(job.task_id, 0)
+        self.last_messages = [event.message for event in events]
+        super().finish(job, *args)
+
+
+def test_failure_is_in_the_log_before_the_job_ends(in_memory: Path) -> None:
+    store = StoreWhoseLogIsRead(f"{tempfile.mkdtemp(dir=in_memory)}/codebot.db")
+    codebot.store_ending(task_run(store), codebot.Ending("failed", "stalled", "No"))
+    assert store.last_messages == ["Failed (stalled): No"]
+
+
 def test_removed_database_is_unhealthy_and_refuses_submits(fresh: Site) -> None:
     fresh.server.start(limits={"DATABASE_TEST_INTERVAL": 0.1})
     assert fresh.api.health().status == 200
