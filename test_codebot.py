@@ -16837,6 +16837,18 @@ def test_last_event_is_shown_although_its_task_ends_while_the_log_is_read(
     assert [event.message for event in events] == ["Failed"]
 
 
+def test_stream_begins_although_its_task_ends_while_the_log_is_read(
+    in_memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "STREAM_INTERVAL", 0.0)
+    store = StoreWhoseTaskEnds(f"{tempfile.mkdtemp(dir=in_memory)}/codebot.db")
+    task = store_task_in_state(store, "running")
+    request = codebot.Request("", {"accept": "text/event-stream"}, "", bytes)
+    stream = codebot.task_logs(app_with(store), request, task.id)
+    assert not isinstance(stream, codebot.Response)  # 204 would end the client's wait
+    assert b"Failed" in b"".join(stream)
+
+
 def test_invalid_last_event_id_is_named(shared: Site) -> None:
     task = submit_failing(shared)
     with shared.api.open_stream(task, {"Last-Event-ID": "x"}) as stream:
