@@ -11486,6 +11486,20 @@ def test_mirror_that_was_used_lately_is_kept_and_packed(
     assert len(list(packs.glob("*.pack"))) == 1
 
 
+def test_mirror_is_kept_as_long_as_a_workspace_may_read_it(
+    store: codebot.Store, tmp_path: Path
+) -> None:
+    mirror = tmp_path / "mirrors/github.com/acme/widget.git"
+    mirror.mkdir(parents=True)
+    used_at = time.time() - codebot.MIRROR_RETENTION - 5000
+    for retention, is_kept in ((9000, True), (1000, False)):
+        Path(f"{mirror}.lock").touch()
+        os.utime(f"{mirror}.lock", (used_at, used_at))
+        app = app_with(store, work_dir=str(tmp_path), retention=retention)
+        codebot.maintain_mirror(app, str(mirror))
+        assert mirror.exists() == is_kept
+
+
 def test_old_mirror_that_a_job_uses_meanwhile_is_not_removed(
     store: codebot.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
