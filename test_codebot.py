@@ -15291,6 +15291,22 @@ def test_comment_that_github_refuses_is_given_up(shared: Site) -> None:
     assert shared.repository.count(pattern) == 1
 
 
+def test_report_is_not_noted_before_it_is_posted(
+    sync: codebot.Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = sync.store
+    task = store_task(store, repository_id=7, issue_number=3, label_event_id=55)
+    store.finish(claim(store, task.id), 1.5, "failed", "timeout", "Timed out")
+
+    def die(repository_id: int) -> codebot.GitHubRepository:
+        raise SystemExit  # as if the server was killed
+
+    monkeypatch.setattr(sync.github, "repository_by_id", die)
+    with pytest.raises(SystemExit):
+        sync.report_task(codebot.Look("ended_task", task_id=task.id))
+    assert store.unreported_tasks() == [task.id]
+
+
 def test_report_waits_while_app_is_refused(limited: Site) -> None:
     limited.agent.follow(GIVE_UP)
     issue = open_issue(limited)
