@@ -15090,8 +15090,13 @@ def test_issue_that_is_labeled_again_after_change_becomes_task(shared: Site) -> 
     issue.comments()
     alice.unlabel(issue.number, webhook=False)
     alice.label(issue.number, webhook=False)
+    edit(issue)  # once more
     issue.announce()
     issue.comments(2)
+    alice.unlabel(issue.number, webhook=False)
+    alice.label(issue.number, webhook=False)
+    issue.announce()
+    issue.comments(3)
     assert "Delete it all" in issue.prompt()
 
 
