@@ -15862,6 +15862,10 @@ def test_too_long_headers_get_431(shared_site: Site, data: bytes) -> None:
             id="Host is IPv6 with a port",
         ),
         pytest.param(
+            b"GET /health HTTP/1.1\r\nHost:\r\nConnection: close\r\n\r\n",
+            id="Host is empty",
+        ),
+        pytest.param(
             b"GET /health HTTP/1.1\r\nhost:\t a.b-c:80 \t\r\nCONNECTION:close\r\n\r\n",
             id="case and spaces",
         ),
