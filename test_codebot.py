@@ -21346,10 +21346,12 @@ def test_deep_json_of_the_agent_is_ignored_even_with_a_small_stack(fresh: Site) 
 def test_run_of_failing_task_exits_with_1(fresh: Site) -> None:
     work_dir = fresh.directory / "kept"
     flags = failing_run_flags(fresh, "--work-dir", str(work_dir))
-    done = fresh.server.run_forked(*flags)
+    sandbox = f"env SECRET={MODEL_KEY}"
+    done = fresh.server.run_forked(*flags, CODEBOT_SANDBOX=sandbox)
     assert done.returncode == 1
     assert json.loads(done.stdout)["reason"] == "clone_failed"
     assert (work_dir / "codebot.db").exists()
+    assert "Sandbox: env SECRET=***\n" in done.stderr
 
 
 @pytest.mark.parametrize("source", ["file", "stdin"])
