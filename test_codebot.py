@@ -21455,6 +21455,28 @@ def test_workers_stop_when_the_task_of_run_has_ended(
     assert stop.is_set()
 
 
+class StuckThread(threading.Thread):
+    """A worker that never ends. The clock is at the end of each wait for it."""
+
+    clock = 0.0
+
+    def join(self, timeout: float | None = None) -> None:
+        assert timeout is not None
+        StuckThread.clock += timeout
+
+
+def test_wait_for_all_workers_has_one_limit(
+    store: codebot.Store, stop: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = [StuckThread(), StuckThread()]
+    monkeypatch.setattr(StuckThread, "clock", 0.0)
+    monkeypatch.setattr(codebot, "start_workers", lambda app: workers)
+    monkeypatch.setattr(time, "monotonic", lambda: StuckThread.clock)
+    with codebot.running_workers(app_with(store)):
+        pass
+    assert StuckThread.clock == codebot.STOP_TIMEOUT
+
+
 def test_interrupted_run_ends_cleanly(fresh: Site) -> None:
     fresh.agent.follow("block")
     limits = {"KILL_GRACE": 0.5}
