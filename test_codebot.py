@@ -20905,6 +20905,24 @@ def test_what_a_killed_server_and_its_watchdog_have_left_is_ended_by_the_next(
     fresh.api.failed(task, "agent_failed")
 
 
+LEFT_BEFORE_CHECKS = """
+import logging, subprocess
+[work_dir] = start["arguments"]
+config = codebot.Config(no_github=True, work_dir=work_dir)
+environment = {**os.environ, "CODEBOT_RUN": codebot.Codebot(config).work_dir_tag}
+left = subprocess.Popen(["sleep", "300"], env=environment)
+def check(app):
+    print(left.poll())
+    return []
+codebot.start_app(config, [check], logging.WARNING)
+"""
+
+
+def test_what_an_earlier_server_left_is_ended_before_the_checks(tmp_path: Path) -> None:
+    # It may listen at the port. Then each start would fail, and it would never end.
+    assert run_code(LEFT_BEFORE_CHECKS, tmp_path) == f"{-signal.SIGTERM}\n"
+
+
 PRINT_DUMPABLE = """
 import logging
 [work_dir] = start["arguments"]
