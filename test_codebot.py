@@ -20923,6 +20923,29 @@ def test_what_an_earlier_server_left_is_ended_before_the_checks(tmp_path: Path) 
     assert run_code(LEFT_BEFORE_CHECKS, tmp_path) == f"{-signal.SIGTERM}\n"
 
 
+def test_watchdog_of_a_killed_server_spares_what_the_next_has_started(
+    fresh: Site,
+) -> None:
+    fresh.server.start()
+    watchdog = watchdog_of(fresh.server)
+
+    def has_ended() -> bool:
+        try:
+            return Path(f"/proc/{watchdog}/cmdline").read_bytes() == b""
+        except OSError:
+            return True
+
+    os.kill(watchdog, signal.SIGSTOP)
+    fresh.server.kill()
+    fresh.server.restart()
+    task = submit_blocked(fresh)
+    os.kill(watchdog, signal.SIGCONT)
+    wait_for(has_ended)
+    fresh.agent.release()
+    fresh.api.completed(task)
+    assert len(fresh.agent.runs()) == 1
+
+
 PRINT_DUMPABLE = """
 import logging
 [work_dir] = start["arguments"]
