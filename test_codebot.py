@@ -6072,6 +6072,23 @@ def test_second_retry_keeps_the_time_of_the_first(store: codebot.Store) -> None:
     assert stored_job(store, job).transient_since == first
 
 
+def test_stop_is_no_transient_error(store: codebot.Store) -> None:
+    # Its time would count: an hour later, the first error would fail the task.
+    task = store_task_in_state(store, "running")
+    store.requeue_interrupted(interruptions=0)
+    assert stored_job(store, task).transient_since == 0.0
+    assert store.due_job("task", was_delayed=False) == task.id
+
+
+def test_time_without_server_does_not_count_for_a_retry_that_was_running(
+    store: codebot.Store,
+) -> None:
+    task = store_task_in_state(store, "running")
+    store.save_progress(dataclasses.replace(task, transient_since=IN_1970))
+    store.requeue_interrupted(interruptions=1)
+    assert stored_job(store, task).transient_since > time.time() - 60
+
+
 def test_delayed_task_is_still_delayed_after_a_start(store: codebot.Store) -> None:
     # Otherwise tasks that were not delayed could hold it up for ever.
     task = store_task_in_state(store, "running")
