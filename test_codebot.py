@@ -7270,7 +7270,8 @@ def test_digits_of_a_task_whose_directory_was_removed_are_not_used(
     run = task_run(store)
     digits = run.job.id.replace("-", "")
     directory = f"task_AB-1_{digits[:7]}"
-    store.save_progress(dataclasses.replace(store_task(store), directory=directory))
+    old = store_task_in_state(store, "completed")
+    store.save_progress(dataclasses.replace(old, directory=directory))
     # A review of that task would make the directory again, and its outbox.
     codebot.name_workspace(run)
     assert run.job.directory == f"task_{digits[1:8]}"
