@@ -7719,6 +7719,23 @@ def test_repository_is_not_fetched_into_the_mirror_of_another_with_its_name(
     assert fetched_into == ["1"]
 
 
+def test_mirror_whose_creation_did_not_end_is_created_again(on_disk: Site) -> None:
+    class UnfinishedMirror(codebot.Mirror):
+        def create(self) -> None:
+            raise codebot.StopRequested()  # or a crash
+
+    config = codebot.Config(no_github=True, work_dir=str(on_disk.directory / "work"))
+    path = f"{config.work_dir}/mirror.git"
+    remote = str(on_disk.repository.bare)
+    repository = codebot.parse_plain_remote(config, remote)
+    with pytest.raises(codebot.StopRequested):
+        UnfinishedMirror(config, path, codebot.do_nothing).fetch_branch(
+            repository, "main"
+        )
+    mirror = codebot.Mirror(config, path, codebot.do_nothing)
+    assert mirror.fetch_branch(repository, "main")[0] == "main"
+
+
 def test_repack_that_fails_leaves_no_part_of_a_pack(tmp_path: Path) -> None:
     # It may have filled the disk.
     name = ".tmp-1234-pack-a1b2c3.pack"  # as git repack leaves it
