@@ -9838,6 +9838,23 @@ def test_programs_get_no_configuration_of_the_host() -> None:
     }
 
 
+@pytest.mark.parametrize("no_github", [False, True])
+def test_git_that_does_not_contact_the_remote_gets_nothing_of_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_github: bool
+) -> None:
+    monkeypatch.setenv("GIT_CONFIG_PARAMETERS", "'core.hooksPath=/srv/hooks'")
+    write_script(tmp_path / "git", "env")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    variables = {"HTTPS_PROXY": "http://user:password@proxy:3128"}
+    directory = git_directory(
+        tmp_path / "mirror", no_github=no_github, search_path=path, variables=variables
+    )
+    environment = directory.local_git("gc").stdout
+    assert f"PATH={path}" in environment
+    assert "GIT_CONFIG_PARAMETERS" not in environment
+    assert "HTTPS_PROXY" not in environment
+
+
 def test_diff_runs_no_program_of_the_repository(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     repo = tmp_path / "repo"
