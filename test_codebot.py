@@ -10023,6 +10023,27 @@ def test_pull_request_is_codebots_only_if_its_branch_is(
     assert pull_request == (entry if is_found else None)
 
 
+def test_comments_of_people_and_of_codebot_are_read_from_all_places(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    github = create_github()
+    github.bot = lambda: codebot.Bot(BOT["login"], BOT["id"])
+    payload = {"id": 7, "full_name": "acme/widget"}
+    repository = codebot.GitHubRepository(github, payload)
+    users = [{"id": 1, "login": "alice"}, BOT, {**BOT, "id": 78}]
+    comments = [
+        {"id": 1, "user": user, "body": "Hello", "created_at": "2026-01-01T00:00:00Z"}
+        for user in users
+    ]
+    monkeypatch.setattr(repository, "entries", lambda path: comments)
+    found = [(comment.place, comment.user) for comment in repository.comments(1)]
+    assert found == [
+        (place, user)
+        for place in ("review_text", "inline", "conversation")
+        for user in ("alice", codebot.OWN_NAME)
+    ]
+
+
 def open_pull_request(site: Site) -> tuple[int, str]:
     """Push a branch, and let codebot's client open its pull request."""
     site.repository.commit({"hello.txt": "hello"}, "u/codebot/1/x")
