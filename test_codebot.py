@@ -10184,6 +10184,22 @@ def test_redirect_to_another_host_is_not_followed(
     assert fresh.repository.pulls == []
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://api.github.com.invalid/",
+        "https://api.github.com@host.invalid/",
+        "https://api.github.command.invalid/",
+        "http://api.github.com/",
+    ],
+)
+def test_token_is_sent_to_no_host_whose_address_begins_like_that_of_github(
+    address: str,
+) -> None:
+    with pytest.raises(codebot.GitHubError, match="redirected to another host"):
+        create_github().send(f"{address}user", "token", None)
+
+
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_redirect_on_same_host_keeps_method_and_body(
     fresh: Site, monkeypatch: pytest.MonkeyPatch, status: int
