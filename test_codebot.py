@@ -10542,6 +10542,45 @@ def test_short_limit_does_not_shorten_that_of_another_request(
     assert github.silent_until == until
 
 
+def test_limit_of_a_post_is_a_limit_for_all_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    github = refused_github(monkeypatch, make_reply(429, {"retry-after": "90"}, ""))
+    with pytest.raises(codebot.TransientError) as raised:
+        github.call("/repos/acme/widget/pulls", 7, {"title": "Say hello"})
+    assert github.silent_until == raised.value.retry_at > time.time()
+
+
+def test_end_of_a_limit_is_read_by_the_clock_of_github() -> None:
+    github = create_github()
+    github.clock_skew = -5000.0  # the clock of this host is fast
+    headers = {
+        "x-ratelimit-remaining": "0",
+        "x-ratelimit-reset": str(int(time.time()) - 4000),  # in 1000 seconds, there
+    }
+    retry_at = github.retry_time(make_reply(403, headers, ""))
+    assert 900 < retry_at - time.time() < 1100
+
+
+def test_attempt_waits_for_the_limit_that_another_request_has_got(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codebot, "GITHUB_RETRY_DELAY", 0.0)
+    github = create_github()
+    until = time.time() + 3600
+
+    def send(*request: Any) -> codebot.Reply:
+        assert github.silent_until == 0.0
+        github.silent_until = until  # another thread, meanwhile
+        return make_reply(502, {}, "")
+
+    monkeypatch.setattr(github, "token", lambda scope: "token")
+    monkeypatch.setattr(github, "send", send)
+    with pytest.raises(codebot.TransientError) as raised:
+        github.call("/app", codebot.AS_APP)
+    assert raised.value.retry_at == until
+
+
 @pytest.mark.parametrize(
     "limit",
     [
