@@ -10724,6 +10724,14 @@ def test_error_or_reply_without_an_etag_is_not_cached(
     assert github._replies == {}
 
 
+def test_cached_reply_does_not_stand_for_one_that_did_not_come() -> None:
+    # It could say that a person has write access who has lost it since.
+    github = create_github(api_url="http://127.0.0.1:9")
+    url = f"{github.api}/app"
+    github.remember_reply(url, make_reply(200, {"ETag": "x"}, ""))
+    assert github.send(url, "token", None).status == 0
+
+
 def test_full_cache_keeps_most_of_its_replies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codebot, "MAX_CACHED_REPLIES", 10)
     github = create_github()
