@@ -10789,6 +10789,23 @@ def test_openssl_that_prints_no_signature_is_an_error(
         github.sign_jwt()
 
 
+def test_openssl_gets_no_secret_in_its_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_script(tmp_path / "openssl", f"env >{tmp_path}/env")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    monkeypatch.setenv("PATH", path)  # Popen looks there
+    monkeypatch.setenv("ANTHROPIC_API_KEY", MODEL_KEY)
+    variables = {"ANTHROPIC_API_KEY": MODEL_KEY, "HTTPS_PROXY": "http://u:pass@proxy"}
+    github = create_github(search_path=path, variables=variables)
+    with pytest.raises(codebot.AppRefused):
+        github.sign_jwt()
+    environment = (tmp_path / "env").read_text()
+    assert "CODEBOT_RUN=" in environment
+    assert MODEL_KEY not in environment
+    assert "u:pass@proxy" not in environment
+
+
 def test_openssl_that_hangs_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
