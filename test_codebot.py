@@ -11674,6 +11674,30 @@ def test_old_mirror_that_a_job_uses_meanwhile_is_not_removed(
     assert mirror.exists()
 
 
+def test_mirror_is_used_even_if_there_is_nothing_to_fetch(local: LocalTask) -> None:
+    codebot.clone(local.workspace)
+    mirror = Path(local.workspace.mirror.path)
+    os.utime(f"{mirror}.lock", (1, 1))  # as if it was used last in 1970
+    local.workspace.fetch("main", "clone_failed")
+    codebot.maintain_mirror(local.run.codebot, str(mirror))
+    assert mirror.exists()
+
+
+def test_packed_mirror_keeps_what_no_branch_has_anymore(
+    local: LocalTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The clones of agents may read it.
+    monkeypatch.setattr(codebot, "MAX_PACKS", 0)
+    git = local.site.repository.git
+    old = local.site.repository.commit({"more": "More\n"})
+    local.workspace.fetch("main", "clone_failed")
+    git("update-ref", "refs/heads/main", git("commit-tree", "-m", "New", "main^{tree}"))
+    local.workspace.fetch("main", "clone_failed")
+    mirror = local.workspace.mirror
+    codebot.maintain_mirror(local.run.codebot, mirror.path)
+    assert mirror.local_git("cat-file", "-t", old).stdout == "commit"
+
+
 def test_fetched_objects_are_kept_as_a_pack(local: LocalTask) -> None:
     codebot.clone(local.workspace)
     objects = Path(local.workspace.mirror.objects)
