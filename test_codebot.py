@@ -14120,6 +14120,16 @@ def test_second_look_is_not_lost_to_one_that_waits(
     assert sync.looks[second] > time.monotonic() + 10
 
 
+def test_second_look_comes_after_the_last_event(store: codebot.Store) -> None:
+    app = app_with(store)
+    look = codebot.Look("pull_request", task_id="1")
+    second = look._replace(is_second=True)
+    app.look_now(look)
+    app.looks[second] = 0.0  # as if it was due
+    app.look_now(look)
+    assert app.looks[second] > time.monotonic() + 10
+
+
 REVIEW_OUTAGES = [
     "GET /collaborators/*",
     FETCH_BEGINS,
