@@ -17466,6 +17466,7 @@ def test_review_is_no_task_of_the_api(store: codebot.Store) -> None:
     [
         ("acme/widget", "acme/widget"),
         ("https://a:b@github.com/a/b", "https://***@github.com/a/b"),
+        (f"https://{'b' * 200}@github.com/a/b", "https://***@github.com/a/b"),
         ("x" * 2000, "x" * 100),
     ],
 )
