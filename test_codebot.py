@@ -53,7 +53,6 @@ import sys
 import tempfile
 import threading
 import time
-import types
 import urllib.parse
 import uuid
 import weakref
@@ -4298,60 +4297,59 @@ def test_program_that_ignores_sigterm_is_killed(
         assert pipe.read() == b""
 
 
-@contextlib.contextmanager
-def watched_program(
-    poll: Callable[[], int | None], on_lines: codebot.LineHandler = list
-) -> Iterator[codebot.RunningProgram]:
-    """A program that ends when ``poll`` returns a code, and prints what a test writes."""
-    child: Any = types.SimpleNamespace(poll=poll)
-    with contextlib.ExitStack() as stack:
-        stdout, stderr = (
-            codebot.OutputFile(stack.enter_context(tempfile.TemporaryFile(buffering=0)))
-            for _ in range(2)
-        )
-        yield codebot.RunningProgram(
-            child, select.poll(), stdout, stderr, on_lines, codebot.DEFAULT_LIMITS
-        )
-
-
-def test_program_that_goes_on_printing_after_its_result_gets_no_more_time() -> None:
-    with watched_program(lambda: None, on_lines=lambda lines: True) as program:
-        program.handle_lines(["result"])
-        ends_at = program.ends_at
-        program.last_output += 60.0
-        program.handle_lines(["more"])
-    assert program.ends_at == ends_at < math.inf
-
-
-def test_program_whose_time_is_over_is_ended_although_it_has_more_to_say(
+def test_program_that_goes_on_printing_after_its_result_gets_no_more_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(codebot, "READ_BYTES", 2)
-    with watched_program(lambda: None) as program:
-        program.stdout.file.write(b"1\n2\n3\n")
-        program.ends_at = 0.0
-        program.watch()
-    assert list(program.stdout.last_lines) == ["1"]
+    monkeypatch.setattr(codebot, "RESULT_GRACE", 0.02)
+    # With more time, it would raise TooMuchOutput.
+    codebot.run_program(["yes"], GIT_ENVIRONMENT, on_lines=lambda lines: True)
 
 
 def test_last_words_of_a_program_are_read() -> None:
-    looks = itertools.count(1)
+    reader, writer = os.pipe()
 
-    def poll() -> int | None:
-        look = next(looks)
-        if look == 2:
-            program.stdout.file.write(b"last words\n")
-        return None if look == 1 else 0
+    class Program(codebot.RunningProgram):
+        """A program that prints and ends just after codebot has read its output."""
 
-    with watched_program(poll) as program:
-        program.watch()
-    assert list(program.stdout.last_lines) == ["last words"]
+        def read_output(self, has_exited: bool) -> bool:
+            has_output = super().read_output(has_exited)
+            if self.child.poll() is None:
+                os.close(writer)
+                self.child.wait()
+            return has_output
+
+    result = codebot.run_program(
+        ["sh", "-c", f"cat /dev/fd/{reader}; echo last words"],
+        GIT_ENVIRONMENT,
+        pass_fds=(reader,),
+        program_type=Program,
+    )
+    os.close(reader)
+    assert result.stdout == "last words"
 
 
 def test_progress_on_standard_error_is_no_silence() -> None:
-    with watched_program(lambda: None) as program:
-        program.stderr.file.write(b"50%\r")  # git begins the next line after 100%
-        assert program.read_output(has_exited=False)
+    reader, writer = os.pipe()
+
+    class Program(codebot.RunningProgram):
+        """A program that ends when codebot has noticed its output."""
+
+        def read_output(self, has_exited: bool) -> bool:
+            has_output = super().read_output(has_exited)
+            if has_output and self.child.poll() is None:
+                os.close(writer)
+                self.child.wait()
+            return has_output
+
+    # git begins the next line only after 100%.
+    codebot.run_program(
+        ["sh", "-c", f"printf '50%%\\r' >&2; cat /dev/fd/{reader}"],
+        GIT_ENVIRONMENT,
+        limits=codebot.Limits(timeout=5.0),
+        pass_fds=(reader,),
+        program_type=Program,
+    )
+    os.close(reader)
 
 
 def test_what_a_program_leaves_in_its_group_is_ended() -> None:
