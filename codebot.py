@@ -7598,7 +7598,7 @@ def worker_step(codebot: Codebot, kind: str) -> None:
     job_id = codebot.queues[kind].get()
     if job_id is None:
         return  # the server is stopping
-    job = until_database_works(codebot.store.claim, job_id)
+    job = codebot.store.claim(job_id)
     if job is not None:
         codebot.jobs_due.set()  # the timer may queue the next ones
         run_job(codebot, job)
