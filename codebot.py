@@ -4685,15 +4685,12 @@ class Store:
         )
 
     def save_pull_request_state(self, task_id: str, state: str) -> None:
-        """Store the state that GitHub has confirmed."""
+        """Store the new state that GitHub has confirmed."""
         self._write(
             """
             UPDATE jobs SET
                 pr_state = :state,
-                pr_closed_at = CASE
-                    WHEN :state = 'open' THEN NULL
-                    ELSE IFNULL(pr_closed_at, :now)
-                END
+                pr_closed_at = CASE WHEN :state != 'open' THEN :now END
             WHERE id = :task_id
             """,
             task_id=task_id,
