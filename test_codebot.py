@@ -1336,6 +1336,8 @@ SAY_HELLO = "echo hello >hello.txt; result 'Wrote hello.txt.'"
 GIVE_UP = "result 'I give up.' error_during_execution true"
 ANSWER_QUESTION = "classify question; answer Because"
 MAKE_CHANGE = "classify change; echo more >>hello.txt; answer Done"
+# The shell reads until the last process that has its pipe has left the agent's group.
+LEAVE_PROCESS = ": \"$(setsid sh -c 'sleep 300 >/dev/null &')\""
 
 
 def plan_with_filter(command: str) -> str:
@@ -5339,6 +5341,15 @@ def test_command_line_can_be_the_sandbox(fresh: Site) -> None:
     assert run.env["IS_SANDBOX"] == "1"
 
 
+def test_what_the_agent_leaves_in_another_sandbox_is_ended(
+    fresh: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codebot, "KILL_GRACE", 0.1)
+    task = LocalTask(fresh, sandbox=("env",))
+    task.run_agent(f"{LEAVE_PROCESS}; {SAY_HELLO}")
+    assert [stray for stray in fresh.server.strays() if "sleep" in stray] == []
+
+
 def serve_flags(site: Site) -> list[str]:
     """Return the flags of a command that may use any port."""
     return ["--port", "0", "--work-dir", str(site.server.work_dir)]
@@ -8152,7 +8163,7 @@ GOOD_RUNS = {
     "exit code after result": f"{SAY_HELLO}; exit 9",
     "stays after result": f"{SAY_HELLO}; sleep 300",
     "login refused after result": f"{SAY_HELLO}; echo '{LOGIN_RETRY}'",
-    "background child": f"setsid sleep 300 & {SAY_HELLO}",
+    "background child": f"{LEAVE_PROCESS}; {SAY_HELLO}",
     "ignores SIGTERM": f"{SAY_HELLO}; trap '' TERM; while :; do sleep 300; done",
     "odd lines": f"seq 1 2000; echo 'no json'; echo '[]'; echo '{{\"type\":3}}'; {SAY_HELLO}",
     "line of 9 MB": f"head -c 9000000 /dev/zero | tr '\\0' x; echo; {SAY_HELLO}",
