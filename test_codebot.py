@@ -9172,6 +9172,17 @@ def test_rejected_push_is_reported_in_words_of_remote_or_else_with_its_reason(
     assert error.value.reason == "push_rejected"
 
 
+def test_rejected_commit_waits_while_the_remote_does_not_show_its_branch(
+    local: LocalTask,
+) -> None:
+    local.commit(SAY_HELLO)
+    # The branch may have the commit: git repeats a push whose response was lost.
+    hook = local.site.repository.bare / "hooks" / "pre-receive"
+    write_script(hook, "mv HEAD old-HEAD; exit 1")
+    with pytest.raises(codebot.TransientError, match="git cannot fetch"):
+        local.workspace.push()
+
+
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
