@@ -8752,6 +8752,7 @@ STUBBORN_FAILURES = {
     "new file": "mkdir ro; echo >ro/j; chmod 555 ro",
     "changed file": "echo bad >s/b; echo >s/new; chmod 555 s",
     "project with .gitignore": "mkdir -p p/out; echo /out >p/.gitignore; echo >p/out/x",
+    "repository": "git init -q inner",
 }
 
 
