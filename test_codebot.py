@@ -8148,6 +8148,22 @@ def test_restarted_task_begins_its_session_anew_in_another_home(fresh: Site) -> 
     assert session.exists()
 
 
+def test_new_session_of_a_review_replaces_that_of_its_task_in_another_home(
+    store: codebot.Store, tmp_path: Path
+) -> None:
+    search_path = os.environ["PATH"]
+    sandbox = ("env", f"HOME={tmp_path}")
+    app = app_with(store, sandbox=sandbox, search_path=search_path)
+    run = codebot.JobRun(app, claim_review(store))
+    workspace = codebot.Workspace(run, codebot.Repository("", "", "mirror"), "task_1")
+    os.makedirs(workspace.repo)
+    session = tmp_path / ".claude" / "projects" / "repo" / f"{run.job.task_id}.jsonl"
+    session.parent.mkdir(parents=True)
+    session.touch()
+    codebot.remove_session(workspace)
+    assert not session.exists()
+
+
 def test_tree_is_not_committed_if_head_has_changed_meanwhile(
     local: LocalTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
