@@ -9112,6 +9112,27 @@ NESTED_REPOSITORIES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("mode", "name", "fault"),
+    [
+        ("100644 blob", ".git", "hasDotgit"),
+        ("100644 blob", "..", "hasDotdot"),
+        ("120000 blob", ".gitmodules", "gitmodulesSymlink"),
+    ],
+)
+def test_tree_that_is_unsafe_to_check_out_is_not_fetched(
+    local: LocalTask, mode: str, name: str, fault: str
+) -> None:
+    codebot.clone(local.workspace)
+    write_tree = (
+        f"blob=$(echo x | git hash-object -w --stdin) && "
+        f"printf '{mode} %s\t{name}\n' $blob | git mktree"
+    )
+    tree = run_command("sh", "-c", write_tree, cwd=Path(local.workspace.repo))
+    with pytest.raises(codebot.GitFailed, match=fault):
+        local.workspace.collect_tree(tree)
+
+
 @pytest.mark.parametrize("case", NESTED_REPOSITORIES)
 def test_repository_in_the_repository_is_refused(local: LocalTask, case: str) -> None:
     error = local.failure(f"{NESTED_REPOSITORIES[case]}; {SAY_HELLO}", "agent_failed")
