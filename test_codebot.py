@@ -7191,6 +7191,13 @@ def test_smaller_limit_of_turns_counts(
     assert argv[argv.index("--max-turns") + 1] == str(of_question)
 
 
+def test_classification_has_the_budget_that_is_left(store: codebot.Store) -> None:
+    run = task_run(store, budget=2.5)
+    run.update(cost_usd=0.5)
+    argv = codebot.agent_command(run, codebot.CLASSIFY_OPTIONS, "")
+    assert argv[argv.index("--max-budget-usd") + 1] == "2.000000"
+
+
 def test_prompt_has_description_between_random_delimiters_and_goes_to_stdin(
     shared: Site,
 ) -> None:
