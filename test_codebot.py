@@ -13038,6 +13038,28 @@ def test_no_part_of_a_secret_is_left_where_a_summary_or_an_answer_is_cut(
     assert answers == {"conversation 1": redacted}
 
 
+def test_secret_with_an_invisible_character_is_redacted_before_an_answer_is_cut(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payload = {"id": 7, "full_name": "acme/widget"}
+    repository = codebot.GitHubRepository(create_github(), payload)
+    posted: list[str] = []
+
+    def post_once(_: int, text: str, *args: object, **options: object) -> None:
+        posted.append(text)
+
+    monkeypatch.setattr(repository, "post_once", post_once)
+    codebot.redact.add([API_KEY])
+    review = review_of(make_comment(1, "alice"), store)
+    review = review._replace(github_repository=repository)
+    answer = f"{API_KEY[:5]}\u200b{API_KEY[5:]}"
+    review.run.update(request_kind="question", answers={"conversation 1": answer})
+    body = codebot.answer_body(review.run.job, "conversation 1", review.comments[0])
+    monkeypatch.setattr(codebot, "MAX_BODY_CHARS", body.index(API_KEY) + 9)
+    codebot.answer_threads(review)
+    assert API_KEY[:9] not in posted[0]
+
+
 def plan_with_output(output: str) -> str:
     """Return the plan of an agent that answers a question with this JSON."""
     return f"classify question; extra='\"structured_output\":{output},'; result"
