@@ -13124,6 +13124,29 @@ def test_answers_that_the_cli_would_not_accept_fail_review(pull: Pull) -> None:
     assert "codebot could not do this (internal)" in pull.answer()
 
 
+def classify_here(task: LocalTask, kind: str) -> None:
+    """Classify a comment in this process."""
+    payload = {"id": 7, "full_name": "acme/widget"}
+    repository = codebot.GitHubRepository(github_client(task.site), payload)
+    comments = [make_comment(1, "alice")]
+    review = codebot.Review(
+        task.run, task.run.job, repository, task.workspace, comments
+    )
+    task.site.agent.follow(f"classify {kind}")
+    codebot.classify(review, "Why?")
+
+
+@pytest.mark.parametrize("kind", ["question", "none", "unclear"])
+def test_retry_after_the_classification_does_not_count_as_an_interruption(
+    local: LocalTask, kind: str
+) -> None:
+    local.run.update(interruptions=1)
+    classify_here(local, kind)
+    assert local.run.job.request_kind == kind
+    assert local.run.job.interruptions == 0
+    assert not local.run.agent_ran_since_save
+
+
 def test_thanks_get_no_answer(pull: Pull) -> None:
     pull.site.agent.follow("classify none")
     pull.site.person("alice").comment("Thanks!")
