@@ -15025,8 +15025,12 @@ def test_change_of_a_labeler_who_lost_write_access_is_not_pushed(shared: Site) -
     shared.agent.wait_until_blocked()
     del shared.repository.permissions["gina"]
     shared.agent.release()
-    shared.api.failed(issue.task(), "cancelled")
+    task = issue.task()
+    shared.api.failed(task, "cancelled")
     assert shared.repository.branches() == ["main"]
+    with shared.server.database() as database:  # until now, it could be cancelled
+        query = "SELECT push_started FROM jobs WHERE id = ?"
+        assert database.execute(query, (task,)).fetchall() == [(0,)]
 
 
 def test_pull_request_is_kept_although_its_labeler_has_lost_write_access_since(
