@@ -5350,6 +5350,12 @@ def test_what_the_agent_leaves_in_another_sandbox_is_ended(
     assert [stray for stray in fresh.server.strays() if "sleep" in stray] == []
 
 
+def test_work_directory_may_have_characters_that_urls_escape(fresh: Site) -> None:
+    task = LocalTask(fresh, work_dir=str(fresh.directory / "50%25 off"))
+    task.commit(SAY_HELLO)
+    assert task.show("hello.txt") == "hello"
+
+
 def serve_flags(site: Site) -> list[str]:
     """Return the flags of a command that may use any port."""
     return ["--port", "0", "--work-dir", str(site.server.work_dir)]
