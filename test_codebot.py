@@ -13130,6 +13130,23 @@ def test_answers_that_the_cli_would_not_accept_fail_review(pull: Pull) -> None:
     assert "codebot could not do this (internal)" in pull.answer()
 
 
+def test_commit_is_not_stored_without_its_answers(local: LocalTask) -> None:
+    local.commit(SAY_HELLO)
+    local.workspace.push()
+    job = local.run.job
+    local.run.update(request_kind="change")
+    comments = [make_comment(1, "alice")]
+    github_repository: Any = None  # is not asked
+    review = codebot.Review(
+        local.run, job, github_repository, local.workspace, comments
+    )
+    plan = plan_with_output('{"answers":7,"summary":"In short"}')
+    local.site.agent.follow(f"echo more >>hello.txt; {plan}")
+    with pytest.raises(TypeError):
+        codebot.carry_out(review, "Say more")
+    assert local.run.job.commit_id == job.commit_id
+
+
 def classify_here(task: LocalTask, kind: str) -> None:
     """Classify a comment in this process."""
     payload = {"id": 7, "full_name": "acme/widget"}
