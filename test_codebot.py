@@ -13170,6 +13170,17 @@ def test_retry_after_the_classification_does_not_count_as_an_interruption(
     assert not local.run.agent_ran_since_save
 
 
+def test_agent_that_classifies_sees_no_repository(fresh: Site) -> None:
+    shown = fresh.directory / "shown"
+    wrapper = f'echo "$1 $2" >>{shown}; shift 2; exec "$@"'
+    path = write_script(fresh.directory / "wrapper", wrapper)
+    task = LocalTask(fresh, sandbox=(str(path), "{task}", "{objects}"))
+    classify_here(task, "question")
+    workspace, objects = shown.read_text().split()
+    assert os.path.basename(workspace).startswith("scratch_codebot_")
+    assert objects == f"{workspace}/objects"
+
+
 def test_thanks_get_no_answer(pull: Pull) -> None:
     pull.site.agent.follow("classify none")
     pull.site.person("alice").comment("Thanks!")
