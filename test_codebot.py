@@ -9152,6 +9152,22 @@ def test_repository_in_the_repository_is_refused(local: LocalTask, case: str) ->
     assert "sub is a nested git repository or a submodule" in error
 
 
+def test_git_that_fetches_from_a_workspace_gets_nothing_of_the_agents_environment(
+    local: LocalTask,
+) -> None:
+    tools = local.site.directory / "tools"
+    env = local.site.directory / "environment"
+    log = f'case "$*" in *--upload-pack*) env >{env};; esac'
+    write_script(tools / "git", f'{log}; exec {shutil.which("git")} "$@"')
+    path = f"{tools}:{os.environ['PATH']}"
+    local.workspace.config = dataclasses.replace(local.run.config, search_path=path)
+    local.commit(SAY_HELLO)
+    lines = env.read_text().splitlines()
+    assert f"HOME={local.workspace.path}/home" not in lines
+    assert f"ANTHROPIC_API_KEY={MODEL_KEY}" not in lines
+    assert "GIT_ALLOW_PROTOCOL=file" in lines
+
+
 def test_hook_in_a_mirror_or_outbox_does_not_run(tmp_path: Path) -> None:
     directory = git_directory(tmp_path / "git")
     directory.local_git("init", "--quiet", "--bare", "--template=")
