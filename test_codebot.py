@@ -8600,6 +8600,13 @@ def test_cost_and_turns_of_all_runs_of_the_agent_are_added(
     assert job.num_turns == 6
 
 
+def test_last_of_two_results_counts(store: codebot.Store) -> None:
+    agent_run = codebot.AgentRun(task_run(store))
+    results = [{"type": "result", "result": text} for text in ("First", "Second")]
+    agent_run.read([json.dumps(result) for result in results])
+    assert agent_run.output() == {"summary": "Second"}
+
+
 def test_only_words_of_the_agent_become_an_event(store: codebot.Store) -> None:
     agent_run = codebot.AgentRun(review_run(store))
     agent_run.read_block("user", {"type": "text", "text": "[Request interrupted]"})
