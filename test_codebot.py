@@ -9523,6 +9523,18 @@ def test_no_part_of_a_secret_is_left_where_a_text_of_a_body_is_cut(
     assert "x" * 9_990 + "***" + "y" * 7 in body
 
 
+def test_secret_with_an_invisible_character_is_redacted_before_a_body_is_cut(
+    store: codebot.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codebot.redact.add([API_KEY])
+    run = task_run(store)
+    run.update(summary="Done.")
+    start = codebot.pull_request_body(run).index("Done.")
+    run.update(summary=f"{API_KEY[:5]}\u200b{API_KEY[5:]}")
+    monkeypatch.setattr(codebot, "MAX_BODY_CHARS", start + 9)
+    assert API_KEY[:9] not in codebot.pull_request_body(run)
+
+
 def test_redacting_a_body_writes_no_words_that_turn_off_ci(
     store: codebot.Store,
 ) -> None:
