@@ -8520,10 +8520,20 @@ def test_only_settings_in_codebots_own_home_are_removed(
     assert not (own / ".claude").exists()
 
 
-def test_job_fails_if_settings_in_the_home_cannot_be_removed(fresh: Site) -> None:
-    stubborn = write_script(fresh.directory / "bin" / "rm", "echo no way >&2; exit 1")
+@pytest.mark.parametrize("settings", [".claude.json", ".claude/settings.json"])
+def test_job_fails_if_settings_in_the_home_cannot_be_removed(
+    fresh: Site, settings: str
+) -> None:
+    stubborn = write_script(
+        fresh.directory / "bin" / "rm",
+        f'case "$*" in */{settings}*) echo no way >&2; exit 1;; esac\n'
+        f'exec {shutil.which("rm")} "$@"',
+    )
     task = LocalTask(fresh, search_path=f"{stubborn.parent}:{os.environ['PATH']}")
-    error = task.failure(AGENT_WITH_SESSION, "agent_failed", "exit 1")
+    plan = (
+        f"mkdir $HOME/.claude; touch $HOME/.claude/settings.json; {AGENT_WITH_SESSION}"
+    )
+    error = task.failure(plan, "agent_failed", "exit 1")
     assert error == "The agent's home cannot be prepared: no way"
     assert len(fresh.agent.runs()) == 1
 
