@@ -17486,6 +17486,22 @@ def test_route_without_a_valid_key_gets_401(
     assert shared_site.api.request(method, path).status == status
 
 
+def test_sent_key_is_compared_with_each_key_in_constant_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared = []
+
+    def compare(sent: bytes, configured: bytes) -> bool:
+        compared.append(configured)
+        return sent == configured
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    config = codebot.Config(no_github=True, api_keys=("first", "second"))
+    request = codebot.Request("", {"x-api-key": "first"}, "192.0.2.1", bytes)
+    codebot.require_api_key(codebot.Codebot(config), request)
+    assert compared == [b"first", b"second"]
+
+
 @pytest.mark.parametrize(
     ("headers", "message"),
     [
