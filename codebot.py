@@ -155,8 +155,8 @@ WHO IS TRUSTED WITH WHAT
                    number of turns that it reports.
   A test command   runs in the same sandbox and with the same home as the agent, but
                  without the model's key and the listed variables in its environment.
-                 But if it fails, the agent works on in the same repository, and git
-                 there may start programs that the test has left. They get both.
+                 If it fails, the agent continues in the same repository. git may then
+                 start programs that the test has left there, and these get both.
   The model's provider   sees everything that the agent reads.
   The repository's own CI   runs what codebot pushed, perhaps with secrets of its own,
                  before a person has read it. GitHub refuses changes to .github/workflows,
