@@ -155,8 +155,9 @@ WHO IS TRUSTED WITH WHAT
                    number of turns that it reports.
   A test command   runs in the same sandbox and with the same home as the agent, but
                  without the model's key and the listed variables in its environment.
-                 If it fails, the agent continues in the same repository. git may then
-                 start programs that the test has left there, and these get both.
+                 Later runs of the agent have the same home and, if the test fails, the
+                 same repository. git may then start programs that the test has left in
+                 them, and these programs get the key and the variables.
   The model's provider   sees everything that the agent reads.
   The repository's own CI   runs what codebot pushed, perhaps with secrets of its own,
                  before a person has read it. GitHub refuses changes to .github/workflows,
@@ -247,8 +248,8 @@ LIFE OF A JOB
     posted twice only if somebody has removed the first one or its marker, or if GitHub,
     at the retry, has not posted or does not list the first one yet.
   A crash loses what a running agent has done, and the record of its cost. It also loses
-  the looks, so the first look after a start is at everything, and any pause that GitHub
-  has asked for.
+  the time until which GitHub has asked codebot to send nothing (GitHub.silent_until), and
+  the looks. So the first look after a start is at everything.
   A job is interrupted by a crash, or by an error after which the agent must run again. At
   the third interruption since work was last saved, the job fails: see "What a retry
   depends on", in Store.
@@ -1141,7 +1142,8 @@ class LogFormatter(logging.Formatter):
 
 
 # What is a secret:
-#   the API keys, the webhook secret, the model's keys; as PEM, the App's and the TLS key
+#   the API keys, the webhook secret, the model's keys
+#   the App's key and the TLS key, if their files are text (PEM)
 #   a variable listed for the agent whose name suggests a secret: SECRET_NAME_RE
 #   in the other listed variables, and in the addresses of proxies and of the model:
 #     the last word of a header such as "X-Api-Key: WORD": header_secrets
@@ -2020,8 +2022,8 @@ def stop_all_launched(
 #   until the job's run ends. `sysctl kernel.yama.ptrace_scope=1` (Ubuntu's default; Debian
 #   has 0) prevents both. Without it, codebot may not find such an agent or filter if bwrap
 #   is older than 0.8, if /proc is mounted with hidepid, or if the host has more than about
-#   20,000 mounts (see MAX_PROCESS_FILE_BYTES). codebot may also miss an agent or filter
-#   whose threads each start the next one and end before codebot can read their mounts.
+#   20,000 mounts (see MAX_PROCESS_FILE_BYTES). It may then also miss one whose threads each
+#   start the next thread and end before codebot can read their mounts.
 #
 # Known limitations of a launcher and of other sandboxes:
 # - In other sandboxes, codebot finds only by CODEBOT_RUN what a command left running, as
@@ -2205,9 +2207,9 @@ def scratch_workspace(work_dir: str) -> Iterator[str]:
             os.mkdir(f"{directory}/{part}")
         yield directory
     finally:
-        # The next start removes what is left. TemporaryDirectory is not used: older Pythons,
-        # such as 3.11.7, would change the modes of files to which symlinks lead
-        # (CVE-2023-6597).
+        # The next start with this work directory removes what is left. TemporaryDirectory
+        # is not used: older Pythons, such as 3.11.7, would change the modes of files to
+        # which symlinks lead (CVE-2023-6597).
         try_to_remove(directory)
 
 
@@ -2256,7 +2258,7 @@ class Sandbox:
             if option != HIDDEN:
                 argv.append(path)
         # The network is the host's, because the agent has to reach the model. Only with a
-        # launcher: --new-session prevents an agent from typing into the node's terminal.
+        # launcher: --new-session prevents an agent from typing into a terminal there.
         argv += ["--unshare-pid", "--unshare-ipc", "--new-session", "--cap-drop", "ALL"]
         if self.disable_userns:
             # If codebot is root, the agent could otherwise make a user namespace, and mount
@@ -4685,7 +4687,7 @@ class Store:
         )
 
     def save_pull_request_state(self, task_id: str, state: str) -> None:
-        """Store the new state that GitHub has confirmed."""
+        """Store a state that GitHub has confirmed. It must differ from the stored one."""
         self._write(
             """
             UPDATE jobs SET
@@ -4701,8 +4703,9 @@ class Store:
     def queue_comments(self, task_id: str, comments: Iterable[Comment]) -> bool:
         """Add new comments to reviews. Returns whether any comment is new.
 
-        A comment joins its reviewer's pending review: see find_or_create_review. Comments
-        by codebot, and those that the store has already, are ignored.
+        A comment joins its reviewer's pending review, if that is not classified yet: see
+        find_or_create_review. Comments by codebot, and those that the store has already,
+        are ignored.
         """
         has_new = False
         with self._transaction() as db:
@@ -4955,7 +4958,7 @@ def take_work_dir(config: Config) -> None:
             "running, task_*/repo and task_*/tmp in it can be removed."
         )
     # The database has its own lock, because it may be in another server's work directory.
-    # A missing directory is not made: its disk may not be mounted.
+    # A missing directory of the database is not made: its disk may not be mounted.
     lock_path = f"{config.database_file}.lock"
     hold_lock(lock_path, "CODEBOT_DATABASE", make_directory=False)
     require_database(config)
@@ -4979,7 +4982,8 @@ def require_plain_path(path: str, setting_name: str) -> None:
 def require_own_directory(directory: str, setting_name: str) -> None:
     """Raise ConfigError unless a directory belongs to codebot's user or to root."""
     owner = os.stat(directory).st_uid
-    # This also applies to root: the owner could not open files that codebot makes here.
+    # Not even root may use another user's directory: the owner could not open what codebot
+    # makes there.
     if owner not in (0, os.geteuid()):
         raise ConfigError(
             f"{directory} belongs to user {owner}. Run codebot as that user, or use "
@@ -5441,8 +5445,8 @@ class Workspace:
     """The directory in which a job's agent works, and the outbox beside it.
 
     A task and its reviews have the same path, by which the CLI finds the session, and the
-    same home, which holds the session. Each job makes the rest again, so that nothing that
-    an agent left in .git reaches the next job.
+    same home, which holds the session. Each job makes a new repo, tmp and outbox, so that
+    nothing that an agent left in .git reaches the next job.
     """
 
     def __init__(self, run: JobRun, repository: Repository, directory: str) -> None:
@@ -6611,7 +6615,8 @@ def test_and_commit(workspace: Workspace, request: TaskRequest) -> str:
     try:
         workspace.collect_tree(tree)
         message = commit_message(run, request)
-        # The caller stores the id and pushes it only if inspect_commit raises no error.
+        # The caller stores the id, and the commit is pushed later, only if inspect_commit
+        # raises no error.
         commit_id = workspace.write_commit(tree, message)
         files = workspace.inspect_commit(commit_id)
     except GitFailed as error:
@@ -8207,7 +8212,7 @@ def read_task_request(config: Config, fields: Fields) -> TaskRequest:
     problems = [
         f"{name} is missing" for name in REQUIRED_FIELDS if fields.get(name) is None
     ]
-    # If there are more, the first 100 include unknown ones, so the request is refused.
+    # If there are more than 100, some of the first 100 are unknown: the request is refused.
     # To name all could take seconds.
     first_fields = list(fields.items())[:100]
     problems += [field_problem(name, value) for name, value in first_fields]
